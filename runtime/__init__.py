@@ -1,0 +1,1 @@
+"""What a rewritten model needs when it runs; usable without the compiler."""
