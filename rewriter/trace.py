@@ -1,0 +1,63 @@
+"""Module -> Program, once, by `torch.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch.export import Dim
+
+from rewriter.errors import RewriteError, UsageError
+from rewriter.program import Program
+
+
+def trace(
+    module: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Literal["auto"] | Any = "auto",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Program:
+    """Trace a module into a `Program`, in evaluation mode and without gradients.
+
+    `dynamic_shapes="auto"` lets every tensor dimension vary that the model allows to vary; anything else is given to
+    `torch.export.export` as it is. A dimension of size 0 or 1 in the example is taken as constant, so give examples
+    with at least two rows. Dropout stays in the graph and follows `module.train()` later.
+
+    Raises `RewriteError` when the model cannot be traced, with the reason torch gives.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"trace needs an nn.Module, got {type(module).__name__}")
+    kwargs = dict(kwargs or {})
+    meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
+    if meta:
+        raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
+    shapes = _automatic(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    training = module.training
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        raise RewriteError(
+            f"{type(module).__name__} cannot be traced by torch.export",
+            evidence=lines[:8] or [type(error).__name__],
+            fix="Check that the example inputs run through the model, and that its control flow does not depend on data.",
+        ) from error
+    finally:
+        module.train(training)
+    return Program.adopt(exported, metadata)
+
+
+def _automatic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | dict[str, Any] | None:
+    """Dim.AUTO for every dimension of every tensor input."""
+
+    def shape(value: Any) -> Any:
+        return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+
+    tree_map = torch.utils._pytree.tree_map
+    if args and kwargs:  # torch.export wants one structure; positions first, then names
+        return (*tree_map(shape, args), *[tree_map(shape, v) for v in kwargs.values()])
+    return tree_map(shape, kwargs) if kwargs else tree_map(shape, args)
