@@ -50,6 +50,10 @@ class LawError(RewriteError):
     exit_code = 4
 
 
+class RewriteWarning(UserWarning):
+    """Something that works but is hardly meant, such as an adapter without effect."""
+
+
 def closest(name: str, known: Sequence[str], count: int = 5) -> list[str]:
     """The known names that look most like `name`, best first; for the evidence of an error."""
     tails: dict[str, str] = {}

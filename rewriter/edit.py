@@ -1,0 +1,220 @@
+"""The only code that changes a graph.
+
+An `Edit` adds parameters and operations to a program, keeps type, module path and origin of every node, and records
+what it did, so that a step can be shown, replayed and taken back. Passes change programs through it and through
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
+from torch.fx import Node
+
+from rewriter.errors import RewriteError, UsageError
+from rewriter.program import Origin, Program, module_path
+
+
+class Edit:
+    """The changes of one step to one program that nobody else has seen yet."""
+
+    def __init__(self, program: Program, *, number: int, name: str) -> None:
+        self.program = program
+        self.number = number
+        self.name = name
+        self.added: list[str] = []
+        self.trainable: list[str] = []
+        self.originals: dict[str, torch.Tensor] = {}
+        self.removes = False  # True once an operation that was there before is rewired or removed
+        self._inserted: set[Node] = set()
+
+    # -- tensors ------------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, value: torch.Tensor, *, trainable: bool = True) -> Node:
+        """Add a parameter under a new name and return its placeholder."""
+        return self._tensor(name, torch.nn.Parameter(value.detach(), requires_grad=trainable), InputKind.PARAMETER)
+
+    def buffer(self, name: str, value: torch.Tensor) -> Node:
+        """Add a tensor that never trains."""
+        return self._tensor(name, value.detach(), InputKind.BUFFER)
+
+    def _tensor(self, name: str, value: torch.Tensor, kind: InputKind) -> Node:
+        exported = self.program.exported
+        if name in exported.state_dict or name in exported.constants:
+            raise UsageError(
+                f"the program already has a parameter {name!r}",
+                fix="Give this adapter another name, or undo the first.",
+            )
+        # InputSpecs come in the order of the placeholders: parameters, buffers, constants, then what a caller passes.
+        signature = exported.graph_signature
+        before = (InputKind.PARAMETER,) if kind is InputKind.PARAMETER else (InputKind.PARAMETER, InputKind.BUFFER)
+        position = max((i + 1 for i, s in enumerate(signature.input_specs) if s.kind in before), default=0)
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        prefix = "p_" if kind is InputKind.PARAMETER else "b_"
+        with self.program.graph.inserting_before(
+            placeholders[position] if position < len(placeholders) else self._first_operation()
+        ):
+            node: Node = self.program.graph.placeholder(prefix + _identifier(name))
+        with torch.no_grad():
+            node.meta["val"] = self._fake_mode().from_tensor(value, static_shapes=True)
+        Origin(self.number, self.name, name).write(node)
+        persistent = True if kind is InputKind.BUFFER else None
+        signature.input_specs.insert(position, InputSpec(kind, TensorArgument(node.name), name, persistent))
+        exported.state_dict[name] = value
+        self.program.__dict__.pop("specs", None)
+        self.added.append(name)
+        if kind is InputKind.PARAMETER and value.requires_grad:
+            self.trainable.append(name)
+        return node
+
+    def train(self, name: str) -> None:
+        """Declare a parameter that was there before trainable; its present value is kept for undo."""
+        self.originals.setdefault(name, self.program.tensor(name))
+        if name not in self.trainable:
+            self.trainable.append(name)
+
+    def set_value(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor of the same shape and type under a name; the one that was there is kept for undo."""
+        before = self.program.tensor(name)
+        if before.shape != value.shape or before.dtype != value.dtype:
+            raise RewriteError(
+                f"{name} cannot take a tensor of another shape or type",
+                evidence=[f"{before.dtype} {tuple(before.shape)} -> {value.dtype} {tuple(value.shape)}"],
+            )
+        self.originals.setdefault(name, before)
+        self.program.store(name, value)
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    def call(self, operation: Any, *args: Any, like: Node, label: str, path: str | None = None, **kwargs: Any) -> Node:
+        """Insert `operation(*args, **kwargs)` after `like` and its own inputs; its module path is that of `like`.
+
+        `label` names the value in the program's text. The type follows from the inputs' types.
+        """
+        graph = self.program.graph
+        needed = [node for node in _nodes((args, kwargs)) if node.op != "placeholder"]
+        place = max([like, *needed])
+        with graph.inserting_after(place):
+            where = module_path(like) if path is None else path
+            node: Node = graph.create_node(
+                "call_function", operation, args, kwargs, name=_identifier(f"{where}_{label}" if where else label)
+            )
+        with torch.no_grad():
+            node.meta["val"] = operation(*_values(args), **_values(kwargs))
+        if "nn_module_stack" in like.meta:
+            node.meta["nn_module_stack"] = dict(like.meta["nn_module_stack"])
+        Origin(self.number, self.name, label).write(node)
+        self._inserted.add(node)
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let `new`, which this edit inserted, stand where `old` stood: every other user of `old` now uses `new`."""
+        origin = Origin.of(new)
+        assert origin is not None and new in self._inserted
+        Origin(origin.step, origin.name, origin.label, old.name).write(new)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: not (user in self._inserted and user <= new))
+
+    def top(self, node: Node) -> Node:
+        """The value that stands for `node` by now: the node itself, or the sum the last pass put in its place."""
+        while True:
+            above = [user for user in node.users if (origin := Origin.of(user)) and origin.stands_for == node.name]
+            if not above:
+                return node
+            node = above[0]
+
+    def rewire(self, node: Node, old: Node, new: Node) -> None:
+        """Let one operation read another value. Not undone by provenance: the step keeps the program before it."""
+        self.removes = True
+        node.replace_input_with(old, new)
+
+    def redirect(self, old: Node, new: Node) -> None:
+        """Let every user of `old` read `new`, an operation that was there before."""
+        self.removes = True
+        old.replace_all_uses_with(new)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove tensors that no operation reads any more, with their placeholders."""
+        self.removes = True
+        gone = set(names)
+        remove_tensors(self.program, gone)
+
+    def retype(self, node: Node) -> None:
+        """Derive the type of a node again after its inputs changed."""
+        with torch.no_grad():
+            node.meta["val"] = node.target(*_values(node.args), **_values(node.kwargs))  # type: ignore[operator]
+
+    def prune(self) -> list[str]:
+        """Remove operations without users, then the tensors only they read; returns the names of those tensors."""
+        self.removes = True
+        used_before = {
+            name for node in self.program.graph.nodes if (name := self.program.parameter_name(node)) and node.users
+        }
+        for node in reversed(list(self.program.graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
+                self.program.graph.erase_node(node)
+        unused = {
+            name
+            for node in self.program.graph.nodes
+            if (name := self.program.parameter_name(node)) and not node.users and name in used_before
+        }
+        remove_tensors(self.program, unused)
+        return sorted(unused)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Bring the signature and the generated code in line with the graph."""
+        settle(self.program)
+
+    def _first_operation(self) -> Node:
+        return next(node for node in self.program.graph.nodes if node.op != "placeholder")
+
+    def _fake_mode(self) -> FakeTensorMode:
+        for node in self.program.graph.nodes:
+            if isinstance(node.meta.get("val"), FakeTensor):
+                mode: FakeTensorMode = node.meta["val"].fake_mode
+                return mode
+        raise RewriteError("the program has no tensor at all")
+
+
+def settle(program: Program) -> None:
+    """Bring output names, signature and generated code of a changed program in line with its graph."""
+    specs = program.exported.graph_signature.output_specs
+    for spec, value in zip(specs, next(iter(reversed(program.graph.nodes))).args[0], strict=True):  # type: ignore[arg-type]
+        if spec.kind in (OutputKind.USER_OUTPUT, OutputKind.BUFFER_MUTATION) and isinstance(value, Node):
+            spec.arg.name = value.name
+    program.__dict__.pop("specs", None)
+    program.__dict__.pop("_runnable", None)
+    program.exported.graph_module.recompile()
+
+
+def remove_tensors(program: Program, names: set[str]) -> None:
+    """Remove tensors by name, with their placeholders and signature entries."""
+    signature = program.exported.graph_signature
+    gone = {spec.arg.name for spec in signature.input_specs if spec.target in names}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and node.name in gone:
+            program.graph.erase_node(node)
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in gone]
+    for name in names:
+        program.exported.state_dict.pop(name, None)
+        program.exported.constants.pop(name, None)
+    program.__dict__.pop("specs", None)
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name).lstrip("_") or "value"
+
+
+def _nodes(tree: Any) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg(tree, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+    return found
+
+
+def _values(tree: Any) -> Any:
+    return torch.fx.node.map_arg(tree, lambda node: node.meta["val"])
