@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import sympy
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
@@ -44,7 +43,7 @@ def text(program: Program) -> str:
 
 def line(program: Program, node: Node) -> str:
     """The line of one node; for the evidence of an error."""
-    return around(program, node, context=0)[0]
+    return around(program, node, context=0)[0].strip()
 
 
 def around(program: Program, node: Node, context: int = 2) -> list[str]:
@@ -88,8 +87,8 @@ class _Writer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.names: dict[Node, str] = {}
-        self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.expressions: dict[sympy.Basic, str] = {}
+        self.sizes: dict[Any, Any] = {}  # torch's symbols -> d0, d1, ...
+        self.expressions: dict[Any, str] = {}
 
     # -- the program --------------------------------------------------------------------------------------------
 
@@ -128,14 +127,14 @@ class _Writer:
         for spec, value in zip(self.program.exported.graph_signature.output_specs, values, strict=True):
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 name = printable(str(spec.target))
-                yield Line(f"update {name}", "", f"update {name} = {self.value(value)}", output)
+                yield Line(f"update {name}", "", f"  update {name} = {self.value(value)}", output)
             else:
                 returned.append(self.value(value))
         names = [printable(name) for name in _leaf_names(self.program.exported.call_spec.out_spec)]
         if len(names) != len(returned):
             names = [""] * len(returned)
         named = [f"{name}={value}" if name else value for name, value in zip(names, returned, strict=True)]
-        yield Line("return", "", f"return {', '.join(named)}".rstrip(), output)
+        yield Line("return", "", f"  return {', '.join(named)}".rstrip(), output)
 
     # -- one graph ----------------------------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ class _Writer:
             taken.add(name)
             self.names[node] = name
 
-    def _operations(self, graph: Graph, owner: GraphModule, indent: str = "", scope: str = "") -> Iterator[Line]:
+    def _operations(self, graph: Graph, owner: GraphModule, indent: str = "  ", scope: str = "") -> Iterator[Line]:
         for node in graph.nodes:
             if node not in self.names or node.op == "placeholder":
                 continue
@@ -218,7 +217,7 @@ class _Writer:
         if expression not in self.expressions:
             # Symbols are numbered as met; those of one expression that none showed before, by their own names.
             for symbol in sorted(expression.free_symbols, key=str):
-                self.sizes.setdefault(symbol, sympy.Symbol(f"d{len(self.sizes)}", integer=True, positive=True))
+                self.sizes.setdefault(symbol, type(symbol)(f"d{len(self.sizes)}", integer=True, positive=True))
             self.expressions[expression] = str(expression.xreplace(self.sizes)).replace(" ", "")
         return self.expressions[expression]
 

@@ -111,7 +111,7 @@ def _resolved(program: Program, gone: list[Node]) -> dict[Node, Node]:
             origin = Origin.of(base) if base is not None else None
         if base is None:
             raise RewriteError(
-                f"{line(program, node).strip()} stands for an operation that is not there any more",
+                f"{line(program, node)} stands for an operation that is not there any more",
                 fix="Load the program from before this step.",
             )
         if base not in removed:
@@ -128,7 +128,7 @@ def _refuse_users(program: Program, chosen: Step, gone: list[Node], stands_for: 
         for user in node.users:
             if user not in removed and node not in stands_for:
                 name = next((_describe(s) for s in program.steps if s.number == _step_of(user)), "the program")
-                evidence.append(f"{name} uses it: {line(program, user).strip()}")
+                evidence.append(f"{name} uses it: {line(program, user)}")
     if evidence:
         raise _buried(chosen, evidence[:5])
 
