@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -127,21 +127,27 @@ class Lora:
             edit.replace(base, total)
 
     def finish(self, edit: Edit) -> None:
-        """Declare what else trains: the modules to save and the biases."""
         adapted = {name.rsplit(".lora_", 1)[0] for name in edit.added}
-        present = [name for name in edit.program.parameters() if name not in edit.added]
+        for name in self.trained_beside(edit.program, adapted):
+            if name not in edit.added:
+                edit.train(name)
+
+    def trained_beside(self, program: Program, adapted: Collection[str]) -> list[str]:
+        """What else trains when the layers at the paths `adapted` are: the modules to save and the biases."""
+        present = list(program.parameters())
+        chosen: dict[str, None] = {}
         for name in self.modules_to_save:
             inside = [p for p in present if _is_saved(p.rsplit(".", 1)[0], (name,))]
             if not inside:
                 raise UsageError(f"modules_to_save {name!r} matches no module with parameters")
-            for parameter in inside:
-                edit.train(parameter)
+            chosen.update(dict.fromkeys(inside))
         for parameter in present:
             owner, _, leaf = parameter.rpartition(".")
             if (self.bias == "all" and "bias" in leaf) or (
                 self.bias == "lora_only" and leaf == "bias" and owner in adapted
             ):
-                edit.train(parameter)
+                chosen[parameter] = None
+        return list(chosen)
 
 
 class _Branch:

@@ -29,6 +29,8 @@ class Edit:
         self.added: list[str] = []
         self.trainable: list[str] = []
         self.originals: dict[str, torch.Tensor] = {}
+        self.tied_to: dict[str, list[str]] = {}
+        self.notes: dict[str, dict[str, float]] = {}
         self.removes = False  # True once an operation that was there before is rewired or removed
         self._inserted: set[Node] = set()
 
@@ -90,15 +92,26 @@ class Edit:
 
     # -- operations ---------------------------------------------------------------------------------------------
 
-    def call(self, operation: Any, *args: Any, like: Node, label: str, path: str | None = None, **kwargs: Any) -> Node:
+    def call(
+        self,
+        operation: Any,
+        *args: Any,
+        like: Node,
+        label: str,
+        path: str | None = None,
+        before: bool = False,
+        **kwargs: Any,
+    ) -> Node:
         """Insert `operation(*args, **kwargs)` after `like` and its own inputs; its module path is that of `like`.
+
+        With `before`, insert it just before `like`, which will read it.
 
         `label` names the value in the program's text. The type follows from the inputs' types.
         """
         graph = self.program.graph
         needed = [node for node in _nodes((args, kwargs)) if node.op != "placeholder"]
         place = max([like, *needed])
-        with graph.inserting_after(place):
+        with graph.inserting_before(like) if before else graph.inserting_after(place):
             where = module_path(like) if path is None else path
             node: Node = graph.create_node(
                 "call_function", operation, args, kwargs, name=_identifier(f"{where}_{label}" if where else label)
@@ -131,6 +144,12 @@ class Edit:
         self.removes = True
         node.replace_input_with(old, new)
 
+    def set_argument(self, node: Node, index: int, value: Node) -> None:
+        """Give an operation another operand at a position, or its first one there."""
+        self.removes = True
+        missing = [None] * (index + 1 - len(node.args))
+        node.args = (*node.args, *missing)[:index] + (value,) + node.args[index + 1 :]
+
     def redirect(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new`, an operation that was there before."""
         self.removes = True
@@ -147,22 +166,27 @@ class Edit:
         with torch.no_grad():
             node.meta["val"] = node.target(*_values(node.args), **_values(node.kwargs))  # type: ignore[operator]
 
-    def prune(self) -> list[str]:
-        """Remove operations without users, then the tensors only they read; returns the names of those tensors."""
+    def erase(self, nodes: Iterable[Node]) -> None:
+        """Remove operations, latest first, then whatever only they read: operations and tensors."""
         self.removes = True
-        used_before = {
-            name for node in self.program.graph.nodes if (name := self.program.parameter_name(node)) and node.users
-        }
-        for node in reversed(list(self.program.graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
-                self.program.graph.erase_node(node)
-        unused = {
-            name
-            for node in self.program.graph.nodes
-            if (name := self.program.parameter_name(node)) and not node.users and name in used_before
-        }
-        remove_tensors(self.program, unused)
-        return sorted(unused)
+        todo = sorted(nodes, reverse=True)
+        orphans: set[Node] = set()
+        while todo:
+            node = todo.pop(0)
+            if node.users or node in orphans:
+                continue
+            orphans.add(node)
+            sources = node.all_input_nodes
+            if node.op == "placeholder":
+                continue
+            self.program.graph.erase_node(node)
+            todo = sorted({*todo, *(source for source in sources if not source.users)}, reverse=True)
+        names = {name for node in orphans if node.op == "placeholder" and (name := self.program.parameter_name(node))}
+        remove_tensors(self.program, names)
+
+    def note(self, path: str, **numbers: float) -> None:
+        """Record numbers about one site, for the report of the step."""
+        self.notes[path] = numbers
 
     # -- inside -------------------------------------------------------------------------------------------------
 

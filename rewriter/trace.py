@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 
 from rewriter.errors import RewriteError, UsageError
 from rewriter.program import Program
@@ -34,7 +34,7 @@ def trace(
     meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
     if meta:
         raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
-    shapes = _automatic(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    shapes = _automatic(module, args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     training = module.training
     try:
         with torch.no_grad():
@@ -51,13 +51,10 @@ def trace(
     return Program.adopt(exported, metadata)
 
 
-def _automatic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | dict[str, Any] | None:
-    """Dim.AUTO for every dimension of every tensor input."""
-
-    def shape(value: Any) -> Any:
-        return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, torch.Tensor) else None
-
-    tree_map = torch.utils._pytree.tree_map
-    if args and kwargs:  # torch.export wants one structure; positions first, then names
-        return (*tree_map(shape, args), *[tree_map(shape, v) for v in kwargs.values()])
-    return tree_map(shape, kwargs) if kwargs else tree_map(shape, args)
+def _automatic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dim.AUTO for every dimension of every tensor input, laid out as the module's signature wants it."""
+    shapes = ShapesCollection()
+    for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor):
+            shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+    return shapes.dynamic_shapes(module, args, kwargs)

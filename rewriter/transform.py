@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rewriter import verify
@@ -70,6 +71,7 @@ class Applied:
     added: int
     trainable: int
     change: verify.Change | None
+    notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -84,6 +86,7 @@ class Applied:
                 "added": self.added,
                 "trainable": self.trainable,
             },
+            "notes": {path: dict(numbers) for path, numbers in self.notes.items()},
             "law": str(self.pass_.law),
             "largest_change": None if self.change is None else self.change.to_json(),
         }
@@ -118,7 +121,9 @@ def options(pass_: Pass) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Tuples and mappings as JSON and YAML know them."""
+    """Tuples and mappings as JSON and YAML know them; of a path only its last part, so that no record names a place."""
+    if isinstance(value, PurePath):
+        return value.name
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -181,6 +186,7 @@ def _apply_one(program: Program, pass_: Pass, check: bool) -> tuple[Program, App
         sum(after.tensor(name).numel() for name in edit.added if name in after.exported.state_dict),
         sum(after.tensor(name).numel() for name in after.trainable) if edit.trainable else 0,
         change,
+        edit.notes,
     )
     return after, record
 

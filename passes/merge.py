@@ -1,0 +1,241 @@
+"""Merge: fold everything that is affine beside a base weight into that weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.fx import Node
+
+from rewriter.constants import Constants
+from rewriter.edit import Edit
+from rewriter.errors import LawError, RewriteError, UsageError
+from rewriter.find import Sites
+from rewriter.fold import BIAS_INPUT, WEIGHT_INPUT, Fold, bias_beside, entry, folds, leftover, refuse
+from rewriter.program import Program
+from rewriter.transform import ROUNDING, Law
+from rewriter.view import weight_of
+
+aten = torch.ops.aten
+PRECISION = {"fp32": torch.float32, "fp64": torch.float64}
+STORED_AS_GIVEN = {aten.linear.default}  # [o, i]; the others take their weight as [i, o]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Fold every affine update into the base weight beside it; the graph has the base model's operations again.
+
+        y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ      ->      y = x W'ᵀ + b,    W' = W + scale · B A
+
+    No table of methods: whatever a proof shows to be affine in the layer's input folds, also in a model that another
+    library built. All updates of a weight are accumulated in `precision` and rounded once. A weight that others read
+    too (tied embeddings) is refused, or with `untie` gets a tensor of its own.
+
+    Raises `RewriteError` when there is nothing to merge, or when a pass's parameter is not affine, naming the
+    operation; `LawError` when a folded weight is not finite.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+    """
+
+    name: ClassVar[str] = "merge"
+    source: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685, section 4.1"
+
+    precision: Literal["fp32", "fp64"] = "fp32"
+    untie: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISION:
+            raise UsageError(f"precision is {self.precision!r}", fix="One of fp32, fp64.")
+
+    @property
+    def law(self) -> Law:
+        return ROUNDING.because("products are summed in another order and rounded once")
+
+    # -- where --------------------------------------------------------------------------------------------------
+
+    def find(self, program: Program) -> Sites[Fold]:
+        precision = PRECISION[self.precision]
+        if any(tensor.dtype is torch.float64 for tensor in program.parameters().values()):
+            precision = torch.float64
+        constants = Constants(program, precision)
+        found, missed = folds(program, constants)
+        rest = leftover(program, constants, found)
+        if rest:
+            raise refuse(program, *rest[0])
+        if not found:
+            merged = [step.number for step in program.steps if step.name == self.name]
+            raise RewriteError(
+                "nothing to merge",
+                evidence=[
+                    *([f"merged already by step {merged[-1]}"] if merged else []),
+                    *(f"{miss.path}: {miss.reason}" for miss in missed[:6]),
+                ],
+                fix="A merge needs an update beside a base weight; `rewriter inspect MODEL` lists the steps.",
+            )
+        for fold in found:
+            others = _other_readers(program, fold, found)
+            if others and not self.untie:
+                raise RewriteError(
+                    f"{fold.path} cannot be merged: its weight {fold.weight} is also read elsewhere",
+                    evidence=[f"read by %{node.name}" for node in others[:6]],
+                    fix="Give the merged layer a weight of its own with --untie.",
+                )
+        return Sites(tuple(found), tuple(missed))
+
+    # -- what ---------------------------------------------------------------------------------------------------
+
+    def rewrite(self, site: Fold, edit: Edit) -> None:
+        weight, offset, kept_offset = site.values()
+        others = _other_readers(edit.program, site, [site]) if self.untie else []
+        base = edit.originals.get(site.weight, edit.program.tensor(site.weight))
+        stored = _as_stored(edit.program, site, weight, base)
+        self._check_finite(site.weight, site, stored, base)
+        edit.note(site.path, **_rounding(stored, base))
+        value = stored.to(base.dtype).contiguous()
+        operand = _own_weight(edit, site, others, value) if others else _set_weight(edit, site, value)
+        _set_operand(edit, site, WEIGHT_INPUT.get(site.base.target, 1), operand)  # type: ignore[call-overload]
+        self._set_bias(edit, site, offset, kept_offset)
+        where = entry(site.base, site.root)
+        if where is not None and where[1] is not site.root:
+            edit.rewire(where[0], where[1], site.root)
+        if site.kept is not site.end:
+            edit.redirect(site.end, site.kept)
+        edit.erase(site.nodes - {site.base, site.kept} | {site.end} - {site.kept})
+
+    def _set_bias(self, edit: Edit, site: Fold, offset: torch.Tensor | None, kept: torch.Tensor | None) -> None:
+        """Give the base operation the bias of the whole region."""
+        if offset is None:
+            return
+        change = offset if kept is None else offset - kept
+        index = BIAS_INPUT.get(site.base.target)  # type: ignore[call-overload]
+        name = site.bias or bias_beside(edit.program, site)
+        if name is not None:
+            before = edit.originals.get(name, edit.program.tensor(name))
+            value = (before.detach().to(change.dtype) + change.reshape(before.shape)).to(before.dtype)
+            self._check_finite(name, site, value, before)
+            if site.bias is not None and index is not None:
+                _set_operand(edit, site, index, edit.program.placeholder(name))
+            if not torch.equal(value, edit.program.tensor(name)):
+                _set_once(edit, name, value)
+        elif bool(change.any()):
+            if index != 2:
+                raise RewriteError(f"{site.path} has no bias to take the update's constant part")
+            made = edit.parameter(f"{site.path}.bias", change.to(edit.program.tensor(site.weight).dtype), trainable=False)
+            _set_operand(edit, site, index, made)
+
+    def _check_finite(self, name: str, site: Fold, value: torch.Tensor, base: torch.Tensor) -> None:
+        bad = int((~torch.isfinite(value.to(base.dtype))).sum())
+        if bad and not self.allow_nonfinite:
+            raise LawError(
+                f"{name} would hold {bad} non-finite values after the merge",
+                evidence=[f"folded from: {', '.join(sorted(site.reads)[:6])}"],
+                fix="Repair the adapter or the base, or pass --allow-nonfinite.",
+            )
+
+
+def _as_stored(program: Program, site: Fold, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """The region's weight [o, i] in the layout the parameter is stored in."""
+    if weight.ndim != 2:
+        return weight
+    operand = weight if site.base.target in STORED_AS_GIVEN else weight.t()
+    bare = weight_of(program, site.base.args[WEIGHT_INPUT.get(site.base.target, 1)])  # type: ignore[call-overload]
+    turned = bare[1] if bare else tuple(operand.shape) != tuple(base.shape)
+    return operand.t() if turned else operand
+
+
+def _rounding(exact: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
+    """The size of the update, and the error of rounding it into the weight's type, both relative."""
+    update = exact - base.detach().to(exact.dtype)
+    size = float(update.norm())
+    error = float((exact.to(base.dtype).to(exact.dtype) - exact).norm())
+    whole = float(base.detach().to(exact.dtype).norm())
+    return {"update": size / whole if whole else 0.0, "error_of_update": error / size if size else 0.0}
+
+
+def _set_once(edit: Edit, name: str, value: torch.Tensor) -> None:
+    """Set a folded tensor; a module that is called twice must fold to one value."""
+    if name in edit.originals and not torch.equal(edit.program.tensor(name), value):
+        raise RewriteError(f"{name} is applied twice, with updates that differ", fix="Give each call its own weight.")
+    edit.set_value(name, value)
+
+
+def _set_weight(edit: Edit, site: Fold, value: torch.Tensor) -> Node:
+    """Put the folded weight under its name, and under the names tied to it that nothing else reads."""
+    for group in edit.program.tied():
+        if site.weight in group:
+            for name in group:
+                if name != site.weight and not _reads_name(edit.program, name):
+                    edit.originals.setdefault(name, edit.program.tensor(name))
+                    _tie_later(edit, name, site.weight)
+    _set_once(edit, site.weight, value)
+    for name in edit.tied_to.get(site.weight, ()):
+        edit.program.store(name, edit.program.tensor(site.weight))
+    return edit.program.placeholder(site.weight)
+
+
+def _tie_later(edit: Edit, name: str, home: str) -> None:
+    edit.tied_to.setdefault(home, []).append(name)
+
+
+def _reads_name(program: Program, name: str) -> bool:
+    return bool(program.placeholder(name).users)
+
+
+def _own_weight(edit: Edit, site: Fold, others: list[Node], value: torch.Tensor) -> Node:
+    """A tensor for the merged layer alone, under its own name where a tied one is free; the others keep theirs."""
+    program = edit.program
+    group = next((g for g in program.tied() if site.weight in g), (site.weight,))
+    mine = f"{site.path}.weight"
+    shared = program.placeholder(site.weight)
+    if mine == site.weight:  # the graph reads the tied tensor under this layer's name: move the others
+        free = [name for name in group if name != mine and not _reads_name(program, name)]
+        if not free:
+            raise RewriteError(f"{site.path} cannot be untied: {site.weight} has no other name")
+        other = program.placeholder(free[0])
+        for node in [user for user in shared.users if user is not site.base and user not in site.nodes]:
+            edit.rewire(node, shared, other)
+        edit.set_value(mine, value)
+        return shared
+    if mine in group and not _reads_name(program, mine):
+        edit.set_value(mine, value)
+        return program.placeholder(mine)
+    return edit.parameter(mine if mine not in program.tensors else f"{mine}_merged", value, trainable=False)
+
+
+def _set_operand(edit: Edit, site: Fold, index: int, node: Node) -> None:
+    """Let the base operation read a parameter as it is, through the transposition it was read through before."""
+    before = site.base.args[index] if index < len(site.base.args) else None
+    if isinstance(before, Node) and weight_of(edit.program, before) is not None:
+        source = before
+        while source.op != "placeholder":
+            parent = source.args[0]
+            assert isinstance(parent, Node)
+            if parent.op == "placeholder" and parent is not node:
+                edit.rewire(source, parent, node)
+                return
+            source = parent
+        if source is before and source is not node:
+            edit.set_argument(site.base, index, node)
+        return
+    shape = before.meta["val"].shape if isinstance(before, Node) else node.meta["val"].shape
+    if node.meta["val"].shape != shape:
+        node = edit.call(aten.t.default, node, like=site.base, label="weight_t", before=True)
+    edit.set_argument(site.base, index, node)
+
+
+def _other_readers(program: Program, site: Fold, found: list[Fold]) -> list[Node]:
+    """The operations that read a folded weight and are not folded with it."""
+    inside = frozenset().union(*(fold.nodes for fold in found if fold.weight == site.weight))
+    constants = site.constants
+    todo, seen, outside = [program.placeholder(site.weight)], set[Node](), []
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user in constants.leaves:
+                todo.append(user)
+            elif user not in inside and user is not site.base:
+                outside.append(user)
+    return sorted(outside)

@@ -1,0 +1,594 @@
+"""Proves that a value is affine in another one, row by row, and computes its one weight and bias.
+
+A value is affine in x when it is reached from x through contractions with constants, scaling, adding, dropout in
+evaluation, casts that lose nothing, and reshaping that keeps x's rows apart. Its form is
+
+    value(x) = Σ_t  (x · down_tᵀ) · rows_t  +  offset
+
+with low-rank updates kept as factors: `down` [r, i] is the first contraction of a path and `rows` [r, o] is what the
+rest of the path makes of the r unit rows. `rows` is obtained by running the graph's own operations on those rows, so
+every operation that acts on rows alone is supported by naming it, without a rule of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from rewriter.constants import Constants
+from rewriter.view import CONVOLUTIONS
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+class NotAffine(Exception):
+    """The node that is not affine in the root, and why."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One path from the root: `(x · downᵀ) · rows`.
+
+    `down` None is the identity; `rows` None is the identity over `down`'s outputs, scaled by `diagonal` where given.
+    `chain` are the contractions on the path, `reads` the parameters that shaped it.
+    """
+
+    down: Tensor | None = None
+    rows: Tensor | None = None
+    diagonal: Tensor | None = None
+    chain: tuple[Node, ...] = ()
+    reads: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """An affine value: its terms, its offset, and the layout of its rows.
+
+    `key` is the geometry of the first contraction (all terms share it), `features` the trailing sizes that belong to
+    one row, `channels_first` that the features lie in dimension 1, as in a convolution.
+    """
+
+    terms: tuple[Term, ...]
+    features: tuple[int, ...]
+    offset: Tensor | None = None
+    offset_reads: frozenset[str] = frozenset()
+    key: tuple[Any, ...] = ()
+    channels_first: bool = False
+
+
+@dataclass(slots=True)
+class Analysis:
+    """Forms of values relative to one root; computed on request, without recursion."""
+
+    constants: Constants
+    root: Node
+    working: torch.dtype  # the type of the base operation's result: casts below it lose something
+    forms: dict[Node, Form] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.forms[self.root] = _identity(self.root)
+
+    def form(self, target: Node) -> Form:
+        """The form of a value; raises `NotAffine` naming the first operation that breaks it."""
+        todo = [target]
+        while todo:
+            node = todo[-1]
+            if node in self.forms:
+                todo.pop()
+                continue
+            if not self.root < node or node.op != "call_function":
+                raise NotAffine(node, "it does not come from the same input")
+            needed = [n for n in node.all_input_nodes if n not in self.constants and n not in self.forms]
+            if needed and node.target not in ROWLESS and node.target not in SIZED:
+                todo.extend(needed)
+                continue
+            if node.target in SIZED and _tensor(node, 0) not in self.forms:
+                todo.append(_tensor(node, 0))
+                continue
+            self.forms[node] = self._step(node)
+            todo.pop()
+        return self.forms[target]
+
+    def _step(self, node: Node) -> Form:
+        rule = RULES.get(node.target)
+        if rule is None:
+            raise NotAffine(node, f"{_short(node)} is not affine")
+        return rule(self, node)
+
+    # -- pieces the rules are made of ---------------------------------------------------------------------------
+
+    def of(self, node: Node, index: int = 0) -> Form:
+        value = node.args[index]
+        if not isinstance(value, Node) or value not in self.forms:
+            raise NotAffine(node, f"operand {index} of {_short(node)} does not come from the input alone")
+        return self.forms[value]
+
+    def constant(self, node: Node, value: Any) -> Any:
+        if value not in self.constants:
+            raise NotAffine(node, f"{_short(node)} multiplies two values that both depend on the input")
+        return self.constants.value(value)
+
+    def unit(self, form: Form, term: Term) -> Tensor:
+        """The rows of a term as a tensor [r, *features]."""
+        if term.rows is not None:
+            return term.rows
+        size = math.prod(form.features)
+        rows = torch.eye(size, dtype=self.constants.precision, device=self.constants.device).reshape(size, *form.features)
+        return rows if term.diagonal is None else rows * term.diagonal
+
+    def map_rows(
+        self, form: Form, node: Node, linear: Callable[[Tensor], Tensor], *, reads: frozenset[str] = frozenset()
+    ) -> Form:
+        """Apply a row-wise linear operation to every term and to the offset; it sees tensors of the node's rank."""
+        ndim = _tensor(node, 0).meta["val"].ndim
+        width = len(form.features)
+
+        def run(rows: Tensor) -> Tensor:
+            laid = rows.reshape(rows.shape[0], *[1] * (ndim - width - 1), *form.features) if ndim > width else rows
+            return linear(laid)
+
+        if ndim <= width:
+            raise NotAffine(node, f"{_short(node)} acts on a value without rows")
+        results = [run(self.unit(form, term)) for term in form.terms]
+        offset = None if form.offset is None else run(form.offset[None])
+        some = results[0] if results else offset
+        assert some is not None
+        features = tuple(some.shape[ndim - width :]) if not form.channels_first else tuple(some.shape[1:])
+        terms = tuple(
+            replace(t, rows=r.reshape(r.shape[0], *features), diagonal=None, reads=t.reads | reads)
+            for t, r in zip(form.terms, results, strict=True)
+        )
+        return replace(form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features))
+
+    def contract(self, form: Form, node: Node, weight: Tensor, operand: Any) -> Form:
+        """`x -> x · weightᵀ` on the last feature; weight [o, i]."""
+        if len(form.features) != 1 or form.channels_first or form.features[0] != weight.shape[1]:
+            raise NotAffine(node, f"{_short(node)} contracts something else than a row's features")
+        reads = self.constants.reads(operand)
+        terms = []
+        for term in form.terms:
+            common = {"chain": (*term.chain, node), "reads": term.reads | reads}
+            if term.down is None and term.rows is None:
+                down = weight if term.diagonal is None else weight * term.diagonal
+                terms.append(Term(down=down, **common))
+            elif term.down is None:
+                assert term.rows is not None
+                terms.append(Term(down=(term.rows @ weight.t()).t(), **common))
+            elif term.rows is None:
+                rows = weight.t() if term.diagonal is None else term.diagonal[:, None] * weight.t()
+                terms.append(Term(down=term.down, rows=rows, **common))
+            else:
+                terms.append(Term(down=term.down, rows=term.rows @ weight.t(), **common))
+        offset = None if form.offset is None else form.offset @ weight.t()
+        return replace(
+            form,
+            terms=tuple(terms),
+            features=(weight.shape[0],),
+            offset=offset,
+            offset_reads=form.offset_reads | reads if offset is not None else form.offset_reads,
+            key=form.key or ("linear",),
+        )
+
+    def shift(self, form: Form, value: Any, reads: frozenset[str], node: Node) -> Form:
+        """Add a constant to every row."""
+        if value is None:
+            return form
+        term = self.constants.tensor(value)
+        laid = self._per_row(form, term, node)
+        offset = laid.expand(form.features) if form.offset is None else form.offset + laid
+        return replace(form, offset=offset, offset_reads=form.offset_reads | reads)
+
+    def scale(self, form: Form, factor: Any, reads: frozenset[str], node: Node) -> Form:
+        """Multiply every row by a constant of the features' shape, or by a number."""
+        value = self._per_row(form, self.constants.tensor(factor), node)
+        terms = []
+        for term in form.terms:
+            if term.rows is not None:
+                scaled = replace(term, rows=term.rows * value, reads=term.reads | reads)
+            else:
+                diagonal = value.expand(form.features) if term.diagonal is None else term.diagonal * value
+                scaled = replace(term, diagonal=diagonal, reads=term.reads | reads)
+            terms.append(scaled)
+        offset = None if form.offset is None else form.offset * value
+        return replace(form, terms=tuple(terms), offset=offset)
+
+    def _per_row(self, form: Form, value: Tensor, node: Node) -> Tensor:
+        """A constant operand as seen by one row; refused when it differs from row to row."""
+        if value.numel() == 1:
+            return value.reshape(())
+        width = len(form.features)
+        if form.channels_first:
+            shape = list(value.shape)
+            fits = value.ndim <= width + 1 and all(s == 1 for s in shape[2 - (width + 1 - value.ndim) :])
+            if value.ndim == width + 1 and shape[0] == 1:
+                value, fits = value[0], all(s == 1 for s in shape[2:])
+            if not fits or value.ndim != width:
+                raise NotAffine(node, f"{_short(node)} combines with a constant that differs from place to place")
+            return value
+        lead = value.shape[: max(0, value.ndim - width)]
+        if any(size != 1 for size in lead):
+            raise NotAffine(node, f"{_short(node)} combines with a constant that differs from row to row")
+        return value.reshape(value.shape[len(lead) :])
+
+    def add(self, node: Node, one: Form, two: Form, alpha: float) -> Form:
+        two = self.scale(two, alpha, frozenset(), node) if alpha != 1 else two
+        if one.features != two.features or one.channels_first != two.channels_first:
+            raise NotAffine(node, f"{_short(node)} adds rows of different layouts")
+        if one.key and two.key and one.key != two.key:
+            raise NotAffine(node, f"{_short(node)} adds operations of different geometry ({one.key} and {two.key})")
+        offsets = [o for o in (one.offset, two.offset) if o is not None]
+        return replace(
+            one,
+            terms=(*one.terms, *two.terms),
+            offset=sum(offsets[1:], offsets[0]) if offsets else None,
+            offset_reads=one.offset_reads | two.offset_reads,
+            key=one.key or two.key,
+        )
+
+
+def matrix(form: Form, inputs: int, precision: torch.dtype) -> Tensor:
+    """The one weight of a form, [o, i] for rows of features, [o, i, *kernel] for a convolution."""
+    total: Tensor | None = None
+    size = math.prod(form.features)
+    # whole weights first: the low-rank updates are then added to them in one addmm each
+    for term in sorted(form.terms, key=lambda t: t.rows is not None):
+        if term.rows is None:
+            whole = term.down if term.down is not None else torch.eye(inputs, dtype=precision)
+            if term.diagonal is not None:
+                whole = whole * term.diagonal.reshape(size, *[1] * (whole.ndim - 1))
+            total = whole if total is None else total + whole
+            continue
+        left = term.rows.reshape(term.rows.shape[0], size).t()
+        if term.down is None:
+            total = left if total is None else total + left
+            continue
+        down = term.down.flatten(1)
+        if total is None:
+            total = (left @ down).reshape(size, *term.down.shape[1:])
+        else:
+            total = torch.addmm(total.flatten(1), left, down).reshape(total.shape)
+    assert total is not None
+    return total
+
+
+# -- rules: operation -> form of its result ------------------------------------------------------------------------
+
+
+def _identity(root: Node) -> Form:
+    value = root.meta["val"]
+    features = (int(value.shape[-1]),) if value.ndim and isinstance(value.shape[-1], int) else ()
+    return Form((Term(),), features)
+
+
+def _pass(analysis: Analysis, node: Node) -> Form:
+    return analysis.of(node)
+
+
+def _cast(analysis: Analysis, node: Node) -> Form:
+    target = node.meta["val"].dtype
+    if not target.is_floating_point or torch.promote_types(target, analysis.working) != target:
+        source = _tensor(node, 0).meta["val"].dtype
+        if target != source:
+            raise NotAffine(node, f"the cast from {source} to {target} loses precision")
+    return analysis.of(node)
+
+
+def _dropout(analysis: Analysis, node: Node) -> Form:
+    if node.args[2] if len(node.args) > 2 else True:
+        raise NotAffine(node, "dropout in training mode is random")
+    return analysis.of(node)
+
+
+def _linear(analysis: Analysis, node: Node) -> Form:
+    weight = analysis.constant(node, node.args[1])
+    form = analysis.contract(analysis.of(node), node, weight, node.args[1])
+    bias = node.args[2] if len(node.args) > 2 else None
+    return analysis.shift(form, analysis.constant(node, bias), analysis.constants.reads(bias), node)
+
+
+def _addmm(analysis: Analysis, node: Node) -> Form:
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        raise NotAffine(node, "addmm with its own alpha or beta")
+    weight = analysis.constant(node, node.args[2])
+    form = analysis.contract(analysis.of(node, 1), node, weight.t(), node.args[2])
+    return analysis.shift(form, analysis.constant(node, node.args[0]), analysis.constants.reads(node.args[0]), node)
+
+
+def _matmul(analysis: Analysis, node: Node) -> Form:
+    form = analysis.of(node)
+    weight = analysis.constant(node, node.args[1])
+    if weight.ndim == 2:
+        return analysis.contract(form, node, weight.t(), node.args[1])
+    if weight.ndim > len(form.features):
+        raise NotAffine(node, f"{_short(node)} takes another matrix for every row")
+    return analysis.map_rows(form, node, lambda rows: rows @ weight, reads=analysis.constants.reads(node.args[1]))
+
+
+def _einsum(analysis: Analysis, node: Node) -> Form:
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    if len(operands) != 2 or not isinstance(operands[0], Node) or operands[0] not in analysis.forms:
+        raise NotAffine(node, "einsum whose first operand is not the input")
+    form = analysis.forms[operands[0]]
+    weight = analysis.constant(node, operands[1])
+    left, _, right = equation.replace(" ", "").partition("->")
+    x, _, w = left.partition(",")
+    width = len(form.features)
+    row_letters = x[: len(x) - width]
+    if not right.startswith(row_letters) or any(c in w for c in row_letters) or "." in x[len(x) - width :]:
+        raise NotAffine(node, f"einsum {equation!r} mixes rows")
+    ndim = operands[0].meta["val"].ndim
+
+    def run(rows: Tensor) -> Tensor:
+        laid = rows.reshape(rows.shape[0], *[1] * (ndim - width - 1), *form.features)
+        return torch.einsum(equation, laid, weight)
+
+    results = [run(analysis.unit(form, term)) for term in form.terms]
+    offset = None if form.offset is None else run(form.offset[None])
+    keep = ndim - width
+    some = results[0] if results else offset
+    assert some is not None
+    features = tuple(some.shape[keep:])
+    reads = analysis.constants.reads(operands[1])
+    terms = tuple(
+        replace(t, rows=r.reshape(r.shape[0], *features), diagonal=None, reads=t.reads | reads)
+        for t, r in zip(form.terms, results, strict=True)
+    )
+    return replace(form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features))
+
+
+def _scaled(analysis: Analysis, node: Node) -> Form:
+    one, two = node.args[0], node.args[1]
+    if one in analysis.constants:
+        one, two = two, one
+    if not isinstance(one, Node) or one not in analysis.forms:
+        raise NotAffine(node, f"{_short(node)} is not affine")
+    factor = analysis.constant(node, two)
+    return analysis.scale(analysis.forms[one], factor, analysis.constants.reads(two), node)
+
+
+def _divided(analysis: Analysis, node: Node) -> Form:
+    if "rounding_mode" in node.kwargs:
+        raise NotAffine(node, "division with rounding")
+    divisor = analysis.constant(node, node.args[1])
+    factor = 1 / analysis.constants.tensor(divisor)
+    return analysis.scale(analysis.of(node), factor, analysis.constants.reads(node.args[1]), node)
+
+
+def _negated(analysis: Analysis, node: Node) -> Form:
+    return analysis.scale(analysis.of(node), -1.0, frozenset(), node)
+
+
+def _added(sign: int) -> Callable[[Analysis, Node], Form]:
+    def rule(analysis: Analysis, node: Node) -> Form:
+        alpha = sign * float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+        one, two = node.args[0], node.args[1]
+        forms = analysis.forms
+        if isinstance(one, Node) and isinstance(two, Node) and one in forms and two in forms:
+            if node.meta["val"].shape != one.meta["val"].shape or node.meta["val"].shape != two.meta["val"].shape:
+                raise NotAffine(node, f"{_short(node)} broadcasts one value over the other")
+            return analysis.add(node, forms[one], forms[two], alpha)
+        if isinstance(one, Node) and one in forms:
+            value = analysis.constant(node, two)
+            value = analysis.constants.tensor(value) * alpha
+            return analysis.shift(forms[one], value, analysis.constants.reads(two), node)
+        if isinstance(two, Node) and two in forms:
+            scaled = analysis.scale(forms[two], alpha, frozenset(), node) if alpha != 1 else forms[two]
+            return analysis.shift(scaled, analysis.constant(node, one), analysis.constants.reads(one), node)
+        raise NotAffine(node, f"{_short(node)} is not affine")
+
+    return rule
+
+
+def _reshaped(analysis: Analysis, node: Node) -> Form:
+    """A reshape keeps rows apart when the trailing sizes of its result multiply to one row's features."""
+    form = analysis.of(node)
+    if form.channels_first:
+        raise NotAffine(node, f"{_short(node)} mixes channels and places")
+    size, features = math.prod(form.features), []
+    for length in reversed(node.meta["val"].shape):
+        if features and math.prod(features) == size:
+            break
+        if not isinstance(length, int):
+            raise NotAffine(node, f"{_short(node)} mixes rows")
+        features.insert(0, length)
+    if math.prod(features) != size:
+        raise NotAffine(node, f"{_short(node)} mixes rows")
+    shape = tuple(features)
+    terms = tuple(
+        replace(
+            term,
+            rows=None if term.rows is None else term.rows.reshape(-1, *shape),
+            diagonal=None if term.diagonal is None else term.diagonal.reshape(shape),
+        )
+        for term in form.terms
+    )
+    offset = None if form.offset is None else form.offset.reshape(shape)
+    return replace(form, terms=terms, features=shape, offset=offset)
+
+
+def _moved(analysis: Analysis, node: Node) -> Form:
+    """A transposition among one row's features."""
+    form = analysis.of(node)
+    ndim, width = node.meta["val"].ndim, len(form.features)
+    if node.target is aten.transpose.int:
+        touched = [int(d) % ndim for d in node.args[1:3]]  # type: ignore[call-overload]
+    else:
+        order = [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, call-overload]
+        touched = [d for place, d in enumerate(order) if place != d]
+    if form.channels_first or any(d < ndim - width for d in touched):
+        raise NotAffine(node, f"{_short(node)} moves rows")
+    return analysis.map_rows(form, node, lambda rows: node.target(rows, *node.args[1:]))  # type: ignore[operator]
+
+
+def _sliced(analysis: Analysis, node: Node) -> Form:
+    form = analysis.of(node)
+    ndim, width = node.meta["val"].ndim, len(form.features)
+    dim, start, end, step = [*node.args[1:], *[0, None, None, 1][len(node.args) - 1 :]]
+    assert isinstance(dim, int)
+    if dim % ndim < ndim - width or form.channels_first:
+        if start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1:
+            return form
+        raise NotAffine(node, f"{_short(node)} selects rows")
+    return analysis.map_rows(form, node, lambda rows: aten.slice.Tensor(rows, *node.args[1:]))
+
+
+def _padded(analysis: Analysis, node: Node) -> Form:
+    form = analysis.of(node)
+    padding = node.args[1]
+    assert isinstance(padding, (list, tuple))
+    if len(padding) > 2 * len(form.features) or form.channels_first or (len(node.args) > 2 and node.args[2]):
+        raise NotAffine(node, f"{_short(node)} pads rows")
+    return analysis.map_rows(form, node, lambda rows: aten.constant_pad_nd.default(rows, list(padding)))
+
+
+def _joined(analysis: Analysis, node: Node) -> Form:
+    """Concatenation along the last feature: every piece is padded to the whole width, then they are added."""
+    pieces = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(pieces, (list, tuple)) and isinstance(dim, int)
+    if dim % node.meta["val"].ndim != node.meta["val"].ndim - 1:
+        raise NotAffine(node, "concatenation of rows")
+    total, start, result = int(node.meta["val"].shape[-1]), 0, None
+    for piece in pieces:
+        if not isinstance(piece, Node) or piece not in analysis.forms:
+            raise NotAffine(node, "concatenation with a value that does not come from the input")
+        form = analysis.forms[piece]
+        if len(form.features) != 1 or form.channels_first:
+            raise NotAffine(node, "concatenation of values of different layouts")
+        before, after = start, total - start - form.features[0]
+        start += form.features[0]
+        terms = tuple(
+            replace(t, rows=torch.nn.functional.pad(analysis.unit(form, t), (before, after)), diagonal=None)
+            for t in form.terms
+        )
+        offset = None if form.offset is None else torch.nn.functional.pad(form.offset, (before, after))
+        padded = replace(form, terms=terms, features=(total,), offset=offset)
+        result = padded if result is None else analysis.add(node, result, padded, 1)
+    assert result is not None
+    return result
+
+
+def _zeros(analysis: Analysis, node: Node) -> Form:
+    """Zeros of the input's rows: an affine value without terms."""
+    width = node.meta["val"].shape[-1]
+    if not isinstance(width, int):
+        raise NotAffine(node, "zeros of unknown width")
+    return Form((), (width,), torch.zeros(width, dtype=analysis.constants.precision, device=analysis.constants.device))
+
+
+def _convolution(analysis: Analysis, node: Node) -> Form:
+    form = analysis.of(node)
+    weight = analysis.constant(node, node.args[1])
+    bias_operand = node.args[2] if len(node.args) > 2 else None
+    bias = analysis.constant(node, bias_operand)
+    reads = analysis.constants.reads(node.args[1])
+    dims = weight.ndim - 2
+    geometry = [*node.args[3:], *[[1] * dims, [0] * dims, [1] * dims, 1][len(node.args[3:]) :]]
+    shaped = None if bias is None else bias.reshape(-1, *[1] * dims)
+    if not form.key:
+        key = (node.target, *(tuple(g) if isinstance(g, (list, tuple)) else g for g in geometry))
+        if form.terms != (Term(),):
+            raise NotAffine(node, "a convolution of something else than the input")
+        term = Term(down=weight, chain=(node,), reads=reads)
+        result = Form((term,), (weight.shape[0], *[1] * dims), None, frozenset(), key, channels_first=True)
+    else:
+        plain = all(size == 1 for size in weight.shape[2:]) and geometry[0] in ([1] * dims, 1) and not any(
+            g for g in (geometry[1] if isinstance(geometry[1], (list, tuple)) else [geometry[1]]) if g != "valid"
+        )
+        if not plain or not form.channels_first:
+            raise NotAffine(node, "a second convolution that is not 1x1")
+        result = analysis.map_rows(form, node, lambda rows: node.target(rows, weight, None, *geometry), reads=reads)  # type: ignore[operator]
+        result = replace(
+            result, terms=tuple(replace(t, chain=(*t.chain, node)) for t in result.terms)
+        )
+    return analysis.shift(result, shaped, analysis.constants.reads(bias_operand), node)
+
+
+def _embedding(analysis: Analysis, node: Node) -> Form:
+    if node.args[1] is not analysis.root:
+        raise NotAffine(node, "an embedding of something else than the input")
+    table = analysis.constant(node, node.args[0])
+    term = Term(down=table.t(), chain=(node,), reads=analysis.constants.reads(node.args[0]))
+    return Form((term,), (table.shape[1],), key=("embedding",))
+
+
+def _tensor(node: Node, index: int) -> Node:
+    value = node.args[index]
+    if not isinstance(value, Node):
+        raise NotAffine(node, f"{_short(node)} has no tensor to start from")
+    return value
+
+
+def _short(node: Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+SIZED = {  # operations that also take sizes of the input, which say nothing about its values
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unflatten.int,
+}
+ROWLESS = {aten.new_zeros.default, aten.zeros_like.default, aten.zeros.default}
+RULES: dict[Any, Callable[[Analysis, Node], Form]] = {
+    **dict.fromkeys(
+        (
+            aten.contiguous.default,
+            aten.clone.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten.detach_.default,
+            aten.lift_fresh_copy.default,
+        ),
+        _pass,
+    ),
+    **dict.fromkeys(
+        (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.to.other,
+            aten._to_copy.default,
+            aten.type_as.default,
+        ),
+        _cast,
+    ),
+    **dict.fromkeys((aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default), _dropout),
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default), _matmul),
+    aten.einsum.default: _einsum,
+    **dict.fromkeys((aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar), _scaled),
+    **dict.fromkeys((aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar), _divided),
+    aten.neg.default: _negated,
+    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar), _added(1)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar), _added(-1)),
+    **dict.fromkeys(
+        (
+            *SIZED,
+            aten.flatten.using_ints,
+            aten.unsqueeze.default,
+            aten.squeeze.dim,
+        ),
+        _reshaped,
+    ),
+    **dict.fromkeys((aten.transpose.int, aten.permute.default), _moved),
+    aten.slice.Tensor: _sliced,
+    aten.constant_pad_nd.default: _padded,
+    aten.cat.default: _joined,
+    **dict.fromkeys(ROWLESS, _zeros),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    aten.embedding.default: _embedding,
+}

@@ -1,0 +1,435 @@
+"""Finds the maximal affine regions around base weights and folds each into its base operation.
+
+A region starts at one value x, holds exactly one *base* contraction (the one path from x to the region's end that is a
+single contraction with a bare parameter), and ends where every use of it passes through one node. What else it holds -
+low-rank branches, scalings, rotations, norms of weights - is folded into the base operation's weight and bias, and
+the base operation alone remains. Residual additions stay: a path without a parameter is structure, not an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from rewriter.affine import RULES, Analysis, Form, NotAffine, matrix
+from rewriter.constants import Constants
+from rewriter.errors import RewriteError
+from rewriter.find import Miss
+from rewriter.program import Program, module_path
+from rewriter.view import CONVOLUTIONS, layers, weight_of
+
+aten = torch.ops.aten
+WEIGHT_INPUT = {aten.addmm.default: 2, aten.embedding.default: 0}
+DATA_INPUT = {aten.addmm.default: 1, aten.embedding.default: 1}
+BIAS_INPUT = {aten.linear.default: 2, aten.addmm.default: 0, **dict.fromkeys(CONVOLUTIONS, 2)}
+COMPUTED = {  # operations whose weight may be computed from several parameters
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.embedding.default,
+    *CONVOLUTIONS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One region: from `root` to `end`, around the operation `base` that applies `weight`.
+
+    `kept` is the base operation followed by what only reshapes it or adds a bare bias: it takes the place of `end`.
+    `proven` is the last node of the region; `end` may be a cast after it that changes nothing.
+    """
+
+    path: str
+    weight: str
+    bias: str | None
+    base: Node
+    root: Node
+    end: Node
+    kept: Node
+    proven: Node
+    nodes: frozenset[Node]
+    reads: frozenset[str]  # every parameter the region reads
+    constants: Constants
+
+    def values(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(weight [o, i] of the whole region, offset of the region, offset of `kept`), computed now."""
+        analysis = Analysis(self.constants.with_values(), self.root, self.base.meta["val"].dtype)
+        form, kept = analysis.form(self.proven), analysis.form(self.kept)
+        inputs = self.root.meta["val"].shape[-1]
+        return matrix(form, inputs, self.constants.precision), _flat(form.offset), _flat(kept.offset)
+
+
+def _flat(offset: torch.Tensor | None) -> torch.Tensor | None:
+    return None if offset is None else offset.reshape(-1)
+
+
+class _Context:
+    """What the search knows of the program."""
+
+    def __init__(self, program: Program, constants: Constants) -> None:
+        self.program = program
+        self.constants = constants
+        self.added = frozenset(name for step in program.steps for name in step.added)
+        self.layers = layers(program)
+        self._owners = self._count()
+        self._analyses: dict[tuple[Node, torch.dtype], Analysis] = {}
+
+    def analysis(self, root: Node, working: torch.dtype) -> Analysis:
+        return self._analyses.setdefault((root, working), Analysis(self.constants, root, working))
+
+    def is_base(self, node: Node) -> bool:
+        """Whether an operation applies a bare parameter that no pass added."""
+        bare = weight_of(self.program, node.args[WEIGHT_INPUT.get(node.target, 1)])  # type: ignore[call-overload]
+        return bare is not None and bare[0] not in self.added
+
+    def wrapper(self, nodes: frozenset[Node] | set[Node]) -> str:
+        """The innermost module that holds all these operations."""
+        paths = [[part for part in module_path(node).split(".") if part] for node in nodes]
+        common: list[str] = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        return ".".join(common)
+
+    def in_one_module(self, nodes: set[Node]) -> bool:
+        """Whether the operations lie in one module that holds no other base weight."""
+        return self._owners.get(self.wrapper(nodes), 0) <= 1
+
+    def _count(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for layer in self.layers.values():
+            if layer.weight not in self.added:
+                path = module_path(layer.calls[0])
+                for prefix in [path, *(path[:i] for i, c in enumerate(path) if c == "."), ""]:
+                    counts[prefix] = counts.get(prefix, 0) + 1
+        return counts
+
+
+def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[Miss]]:
+    """Every region of the program that folds, in program order; and near misses with the node that breaks them."""
+    context = _Context(program, constants)
+    found: list[Fold] = []
+    missed: list[Miss] = []
+    inside: set[Node] = set()
+    for base, path, weight in _contractions(context):
+        if base in inside or weight in context.added:
+            continue
+        try:
+            region = _grow(context, base, path, weight)
+        except NotAffine as error:
+            missed.append(Miss(path, f"%{error.node.name}: {error.reason}"))
+            continue
+        if region is not None:
+            found.append(region)
+            inside |= region.nodes
+    return found, missed
+
+
+def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
+    """(operation, path, weight): layers with a bare weight first, then operations whose weight is computed."""
+    constants = context.constants
+    bare = {call: layer for layer in context.layers.values() for call in layer.calls}
+    for call in sorted(bare):
+        yield call, bare[call].path, bare[call].weight
+    for node in context.program.graph.nodes:
+        if node.target in COMPUTED and node not in bare:
+            operand = node.args[WEIGHT_INPUT.get(node.target, 1)]
+            data = node.args[DATA_INPUT.get(node.target, 0)]
+            if isinstance(operand, Node) and operand in constants and data not in constants:
+                home = _home(context.program, constants, operand)
+                if home is not None:
+                    yield node, home.removesuffix(".weight"), home
+
+
+def _home(program: Program, constants: Constants, operand: Node) -> str | None:
+    """The one parameter of a computed weight's shape: the place for the folded weight."""
+    shape = tuple(operand.meta["val"].shape)
+    added = {name for step in program.steps for name in step.added}
+    same = [
+        name
+        for name in sorted(constants.reads(operand) - added)
+        if tuple(program.tensor(name).shape) in (shape, shape[::-1])
+    ]
+    return same[0] if len(same) == 1 else None
+
+
+def _grow(context: _Context, base: Node, path: str, weight: str) -> Fold | None:
+    """The largest region around one base operation that holds an update; None when there is none."""
+    best: Fold | None = None
+    for root in _roots(context.constants, base):
+        analysis = context.analysis(root, base.meta["val"].dtype)
+        try:
+            start = analysis.form(base)
+        except NotAffine:
+            break
+        prefix = _between(root, base)
+        early = _reads(start) - {weight} - _computed(context, base)
+        if early and not (early <= context.added or context.in_one_module(prefix)):
+            break  # what stands before the layer, such as the gain of a norm, is part of the model
+        found = _extend(context, analysis, base, path, weight, start, bool(early))
+        best = found or best
+    if best is None:
+        _complain(context.constants, base)
+    return best
+
+
+def _extend(
+    context: _Context, analysis: Analysis, base: Node, path: str, weight: str, start: Form, updated: bool
+) -> Fold | None:
+    """The farthest end of a region that starts at the analysis' root; every further piece must be an update."""
+    accepted: tuple[Node, Form] | None = None
+    updated = updated or bool(_computed(context, base))
+    before = start
+    for end, form in _cuts(analysis, base):
+        if not _one_base(context, form, base):
+            break
+        more = _reads(form) - _reads(before)
+        late = (form.offset_reads - before.offset_reads) & context.added
+        if end is base:
+            if updated:
+                accepted = (end, form)
+            continue
+        if len(form.terms) > len(before.terms) or late or more & context.added:
+            accepted, before = (end, form), form
+        elif more:
+            if not context.in_one_module(_between(analysis.root, end)):
+                break  # a scaling of its own module, such as LayerScale, is part of the model
+            accepted, before = (end, form), form
+    if accepted is None or entry(base, analysis.root) is None:
+        return None
+    end, form = accepted
+    kept = _kept(context, base, end)
+    if kept.meta["val"].shape != end.meta["val"].shape:
+        return None
+    nodes = frozenset(_between(analysis.root, end))
+    reads = _reads(form) | form.offset_reads
+    end = _absorb_casts(end, context.wrapper(nodes))
+    bias = _bias(context, base)
+    return Fold(path, weight, bias, base, analysis.root, end, kept, accepted[0], nodes, reads, context.constants)
+
+
+def _one_base(context: _Context, form: Form, base: Node) -> bool:
+    """Whether the form is this base weight plus updates: no second base weight, and no path without a parameter."""
+    direct = {t.chain[0] for t in form.terms if len(t.chain) == 1 and context.is_base(t.chain[0])} | {base}
+    if direct != {base} or any(not term.chain for term in form.terms):
+        return False
+    return not any(base in term.chain and len(term.chain) > 1 for term in form.terms)
+
+
+def _reads(form: Form) -> frozenset[str]:
+    return frozenset().union(*(term.reads for term in form.terms))
+
+
+def _computed(context: _Context, base: Node) -> frozenset[str]:
+    """The parameters behind a weight or bias that is computed, such as W + B A, instead of bare."""
+    result: frozenset[str] = frozenset()
+    for index in (WEIGHT_INPUT.get(base.target, 1), BIAS_INPUT.get(base.target)):  # type: ignore[call-overload]
+        if index is not None and index < len(base.args):
+            operand = base.args[index]
+            if isinstance(operand, Node) and weight_of(context.program, operand) is None:
+                result |= context.constants.reads(operand)
+    return result
+
+
+def _roots(constants: Constants, base: Node) -> list[Node]:
+    """The operation's input, and the values it is made from by one-input operations, nearest first."""
+    node = base.args[DATA_INPUT.get(base.target, 0)]  # type: ignore[call-overload]
+    roots: list[Node] = []
+    while isinstance(node, Node):
+        roots.append(node)
+        varying = [n for n in node.all_input_nodes if n not in constants and n.target is not aten.sym_size.int]
+        if node.op != "call_function" or len(varying) != 1 or node.target not in RULES:
+            break
+        if node.target in COMPUTED and node.target is not aten.matmul.default:
+            break
+        node = varying[0]
+    return roots
+
+
+def _cuts(analysis: Analysis, base: Node) -> Iterator[tuple[Node, Form]]:
+    """The nodes after `base` that all its uses pass through, with their forms, as far as the region is affine."""
+    try:
+        yield base, analysis.form(base)
+    except NotAffine:
+        return
+    affine, todo = {base}, sorted(base.users)
+    while todo:  # what follows from `base` and is affine in the root
+        node = todo.pop(0)
+        if node in affine or node.op != "call_function":
+            continue
+        try:
+            analysis.form(node)
+        except NotAffine:
+            continue
+        affine.add(node)
+        todo.extend(sorted(node.users))
+    open_: set[Node] = {base}
+    for node in sorted(affine - {base}):
+        open_.add(node)
+        open_ = {n for n in open_ if n is node or any(user not in affine or node < user for user in _readers(n))}
+        if open_ == {node}:
+            yield node, analysis.form(node)
+
+
+def _readers(node: Node) -> list[Node]:
+    """The users that read a value: not those that only ask for its size."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
+
+
+def _bias(context: _Context, base: Node) -> str | None:
+    """The parameter that holds the base operation's own bias."""
+    index = BIAS_INPUT.get(base.target)  # type: ignore[call-overload]
+    if index is None or index >= len(base.args) or not isinstance(base.args[index], Node):
+        return None
+    operand = base.args[index]
+    found = weight_of(context.program, operand)
+    return found[0] if found else _home(context.program, context.constants, operand)  # type: ignore[arg-type]
+
+
+def _kept(context: _Context, base: Node, end: Node) -> Node:
+    """The base operation and what only reshapes it, or adds a bare bias to it, on the way to the region's end."""
+    node = base
+    while node is not end:
+        following = [user for user in _readers(node) if user <= end]
+        if len(following) != 1 or not (_only_reshapes(following[0]) or _adds_bias(context, following[0])):
+            break
+        node = following[0]
+    return node
+
+
+def bias_beside(program: Program, fold: Fold) -> str | None:
+    """The bare bias that is added to the base operation's result inside `kept`, for operations without one."""
+    node = fold.kept
+    while node is not fold.base:
+        if node.target is aten.add.Tensor:
+            names = [program.parameter_name(operand) for operand in node.args[:2]]
+            return next(name for name in names if name is not None)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return None
+
+
+def _adds_bias(context: _Context, node: Node) -> bool:
+    names = [context.constants.bare(operand) for operand in node.args[:2]]
+    return node.target is aten.add.Tensor and any(name is not None and name not in context.added for name in names)
+
+
+def _only_reshapes(node: Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, Node):
+        return False
+    same_type = source.meta["val"].dtype == node.meta["val"].dtype
+    kinds = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default)
+    return same_type and node.target in kinds
+
+
+def _absorb_casts(end: Node, wrapper: str) -> Node:
+    """Walk over casts that change nothing, in the module around the region: wrappers leave them behind."""
+    while len(end.users) == 1:
+        cast = next(iter(end.users))
+        same = cast.target in (aten.to.dtype, aten.to.dtype_layout) and cast.args[0] is end
+        if not same or cast.meta["val"].dtype != end.meta["val"].dtype:
+            break
+        if module_path(cast) not in (wrapper, module_path(end)):
+            break  # a cast of the surrounding model
+        end = cast
+    return end
+
+
+def entry(base: Node, root: Node) -> tuple[Node, Node] | None:
+    """(reader, value): the operand to replace by the root so that the base operation reads the root directly.
+
+    The value nearest to the base operation that has the root's own shape and type; what reshapes it after that stays.
+    """
+    reader: Node = base
+    index = DATA_INPUT.get(base.target, 0)  # type: ignore[call-overload]
+    value = base.args[index]
+    while isinstance(value, Node):
+        if value is root or (
+            value.meta["val"].shape == root.meta["val"].shape and value.meta["val"].dtype == root.meta["val"].dtype
+        ):
+            return reader, value
+        if not _only_reshapes(value):
+            return None
+        reader, value = value, value.args[0]
+    return None
+
+
+def _between(root: Node, end: Node) -> set[Node]:
+    """The operations that lie on a path from `root` to `end`."""
+    seen: set[Node] = set()
+    todo = [end]
+    while todo:
+        node = todo.pop()
+        if node in seen or node is root or not root < node or node.op != "call_function":
+            continue
+        seen.add(node)
+        todo.extend(node.all_input_nodes)
+    inside: set[Node] = set()
+    for node in sorted(seen):
+        if any(source is root or source in inside for source in node.all_input_nodes):
+            inside.add(node)
+    return inside
+
+
+def _complain(constants: Constants, base: Node) -> None:
+    """Raise `NotAffine` when a branch from the same input joins the base operation and is not affine in it."""
+    source = base.args[DATA_INPUT.get(base.target, 0)]  # type: ignore[call-overload]
+    if not isinstance(source, Node):
+        return
+    for join in base.users:
+        if join.target not in (aten.add.Tensor, aten.add_.Tensor):
+            continue
+        other = next((a for a in join.args[:2] if isinstance(a, Node) and a is not base), None)
+        if other is None or other in constants:
+            continue
+        branch = _between(source, other)
+        operands = [n for node in branch for n in node.all_input_nodes if n in constants]
+        if other in branch and any(constants.reads(operand) for operand in operands):
+            Analysis(constants, source, base.meta["val"].dtype).form(other)
+
+
+def leftover(program: Program, constants: Constants, found: list[Fold]) -> list[tuple[str, Node, str]]:
+    """(parameter, node, reason) of every pass's parameter that no region folds: the node is what breaks the proof."""
+    folded = frozenset().union(*(fold.reads for fold in found)) if found else frozenset()
+    added = {name for step in program.steps for name in step.added}
+    result = []
+    for placeholder in list(constants.leaves):
+        name = program.parameter_name(placeholder)
+        if name in added and name not in folded and placeholder.users:
+            result.append((name, *_breaker(constants, placeholder)))
+    return result
+
+
+def _breaker(constants: Constants, start: Node) -> tuple[Node, str]:
+    """The first operation after a parameter that no rule covers."""
+    todo, seen = [start], set()
+    while todo:
+        node = todo.pop(0)
+        for user in sorted(node.users):
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target not in RULES and user not in constants:
+                return user, f"{str(user.target).removeprefix('aten.').split('.')[0]} is not affine"
+            if user.target is aten.dropout.default and user.args[2]:
+                return user, "dropout in training mode is random"
+            todo.append(user)
+    return next(iter(start.users)), "it reaches no base weight"
+
+
+def refuse(program: Program, name: str, node: Node, reason: str) -> RewriteError:
+    """The error for a parameter that cannot be folded, with the program's lines around the node."""
+    from rewriter.text import around
+
+    return RewriteError(
+        f"{name} cannot be merged: {reason}",
+        evidence=around(program, node),
+        fix="Keep this pass in the graph and export the program with its branch, or undo it before merging.",
+    )
