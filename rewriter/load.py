@@ -148,13 +148,14 @@ def _call_factory(name: str) -> Untraced:
     factory = _find_factory(name)
     with _explained(f"{name}() failed"):
         made = factory()
-    module, args, kwargs = (*made, (), {})[:3] if isinstance(made, tuple) else (made, (), {})
-    too_many = isinstance(made, tuple) and not 1 <= len(made) <= 3
-    if too_many or not isinstance(module, torch.nn.Module) or not isinstance(args, tuple | list):
-        raise _wrong_result(name, made)
-    if not isinstance(kwargs, Mapping):
-        raise _wrong_result(name, made)
-    return Untraced(module, tuple(args), dict(kwargs))
+    match made:
+        case torch.nn.Module():
+            return Untraced(made)
+        case (torch.nn.Module() as module, tuple() | list() as args):
+            return Untraced(module, tuple(args))
+        case (torch.nn.Module() as module, tuple() | list() as args, Mapping() as kwargs):
+            return Untraced(module, tuple(args), dict(kwargs))
+    raise _wrong_result(name, made)
 
 
 def _find_factory(name: str) -> Callable[[], Any]:
@@ -177,7 +178,7 @@ def _find_factory(name: str) -> Callable[[], Any]:
             raise UsageError(f"{module_name} has no {attributes!r}", evidence=evidence, fix="Check the name.")
         found = getattr(found, attribute)
     if not callable(found):
-        raise UsageError(f"{name} is a {type(found).__name__}, not a function", fix="Name a function or a class.")
+        raise UsageError(f"{name} cannot be called: {type(found).__name__}", fix="Name a function or a class.")
     factory: Callable[[], Any] = found
     return factory
 

@@ -68,8 +68,8 @@ def load(
     """The traced model of a directory with config.json and safetensors (or a `pytorch_model.bin` that holds only data).
 
     The weights stay mapped from disk, in the checkpoint's type unless `dtype` is given; the inputs of the trace are
-    made up from the configuration unless given, as a tuple or by name. Raises `UnsafeError` for a model that needs code from the
-    directory, `RewriteError` when weights are missing or left over, or the class cannot be told.
+    made up from the configuration unless given, as a tuple or by name. Raises `UnsafeError` for a model that needs code
+    from the directory, `RewriteError` when weights are missing or left over, or the class cannot be told.
     """
     model = load_model(directory, architecture=architecture, dtype=dtype)
     args, kwargs = split_inputs(inputs)
@@ -97,8 +97,15 @@ def load_model(
     with quiet():
         try:
             config = config_class(kind).from_pretrained(directory, local_files_only=True)
+            # Shapes that differ are reported like missing names instead of raised without a word on which.
             result: Any = kind.from_pretrained(
-                None, config=config, state_dict=held, dtype=dtype, output_loading_info=True, local_files_only=True
+                None,
+                config=config,
+                state_dict=held,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
             )
             model, report = result
         except Exception as error:
@@ -141,19 +148,24 @@ def trace_model(
     with reset_model_state(model), _without_cache(model, named):
         try:
             return trace(model, args, named, metadata=metadata)
-        except RewriteError:
+        except RewriteError as error:
             if args:
                 raise
-            return _trace_patched(model, named, metadata)
+            return _trace_patched(model, named, metadata, error)
 
 
-def _trace_patched(model: PreTrainedModel, named: dict[str, Any], metadata: dict[str, Any]) -> Program:
+def _trace_patched(
+    model: PreTrainedModel, named: dict[str, Any], metadata: dict[str, Any], plain: RewriteError
+) -> Program:
     """Trace with what transformers replaces for export.
 
     Only when the plain trace fails: the replacements leave copies in the graph that most models do not need.
     """
     own = "forward" in vars(model)
-    _, prepared, flags = prepare_for_export(model, dict(named))
+    try:
+        _, prepared, flags = prepare_for_export(model, dict(named))
+    except ValueError:  # inputs such as labels, which the replacements do not know
+        raise plain from None
     prepared = {**prepared, **flags}
     try:
         with apply_patches("dynamo"), patch_forward_signature(model, prepared):
@@ -232,7 +244,10 @@ def _weights(directory: Path) -> dict[str, torch.Tensor]:
 def _check_report(directory: Path, name: str, report: dict[str, Any]) -> None:
     lines = [f"missing: {key}" for key in sorted(report["missing_keys"])]
     lines += [f"unexpected: {key}" for key in sorted(report["unexpected_keys"])]
-    lines += [f"another shape: {key}" for key in sorted(map(str, report["mismatched_keys"]))]
+    lines += [
+        f"another shape: {key}, {list(given)} given, {list(own)} in the model"
+        for key, given, own in sorted(report["mismatched_keys"])
+    ]
     lines += [str(message) for message in report["error_msgs"]]
     if lines:
         shown = [*lines[:16], *([f"and {len(lines) - 16} more"] if len(lines) > 16 else [])]
