@@ -22,7 +22,7 @@ from rewriter.errors import LawError, RewriteError, UnsafeError
 from rewriter.formats import pickle, safetensors
 from rewriter.formats.atomic import write_directory
 from rewriter.formats.fingerprint import fingerprint
-from rewriter.formats.huggingface_inputs import example_inputs
+from rewriter.formats.huggingface_inputs import example_inputs, varying_sizes
 from rewriter.formats.huggingface_model import (
     METADATA,
     config_class,
@@ -132,8 +132,10 @@ def trace_model(
     outputs are tensors. Raises `RewriteError` when the model cannot be traced.
     """
     named = dict(kwargs or {})
+    shapes: Any = "auto"
     if not args and not named:
-        named.update(example_inputs(model))
+        named = dict(example_inputs(model))
+        shapes = varying_sizes(model, named)
     settings = json.loads(model.config.to_json_string(use_diff=False))
     settings.pop("_name_or_path", None)  # a path of this machine
     metadata = {
@@ -147,7 +149,7 @@ def trace_model(
     register_cache_pytrees_for_model(model)
     with reset_model_state(model), _without_cache(model, named):
         try:
-            return trace(model, args, named, metadata=metadata)
+            return trace(model, args, named, shapes, metadata=metadata)
         except RewriteError as error:
             if args:
                 raise

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.export import Dim
 
 from rewriter.errors import RewriteError
 
@@ -49,6 +50,15 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = made.tokens()
     return inputs
+
+
+def varying_sizes(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, Any]]:
+    """For `torch.export`: every size of the inputs may vary, but not those of images that the configuration fixes."""
+    vision = getattr(model.config, "vision_config", model.config)
+    fixed = {"pixel_values"} if getattr(vision, "image_size", None) is not None else set()
+    return {
+        name: dict.fromkeys(range(1 if name in fixed else tensor.ndim), Dim.AUTO) for name, tensor in inputs.items()
+    }
 
 
 class _Maker:

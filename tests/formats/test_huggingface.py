@@ -168,6 +168,26 @@ def test_tracing_leaves_a_model_in_memory_as_it_was(store: Store) -> None:
     assert program.metadata["weights_sha256"] == store.program("gpt2").metadata["weights_sha256"]
 
 
+def test_what_transformers_replaces_for_export_serves_when_the_plain_trace_fails(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = store.model("llama"), huggingface.trace
+    calls: list[Any] = []
+
+    def trace(*args: Any, **kwargs: Any) -> Program:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RewriteError("plain tracing fails")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface, "trace", trace)
+    program = huggingface.trace_model(model)
+    assert len(calls) == 2
+    assert "forward" not in vars(model)
+    inputs = other_sizes(example_inputs(model))
+    torch.testing.assert_close(program(**inputs).logits, store.program("llama")(**inputs).logits)
+
+
 def test_sharded_and_pickled_weights_are_the_same_program(store: Store, tmp_path: Path) -> None:
     model = store.model("llama")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
