@@ -97,11 +97,11 @@ class Merge:
         _set_operand(edit, site, WEIGHT_INPUT.get(site.base.target, 1), operand)  # type: ignore[call-overload]
         self._set_bias(edit, site, offset, kept_offset)
         where = entry(site.base, site.root)
-        if where is not None and where[1] is not site.root:
-            edit.rewire(where[0], where[1], site.root)
+        if where is not None and where[1] is not site.source:
+            edit.rewire(where[0], where[1], site.source)
         if site.kept is not site.end:
             edit.redirect(site.end, site.kept)
-        edit.erase(site.nodes - {site.base, site.kept} | {site.end} - {site.kept})
+        edit.erase(site.nodes - {site.base, site.kept} | {site.root, site.end} - {site.source, site.kept})
 
     def _set_bias(self, edit: Edit, site: Fold, offset: torch.Tensor | None, kept: torch.Tensor | None) -> None:
         """Give the base operation the bias of the whole region."""

@@ -96,6 +96,8 @@ class Analysis:
             if node.target in SIZED and _tensor(node, 0) not in self.forms:
                 todo.append(_tensor(node, 0))
                 continue
+            if node in self.constants.changed:
+                raise NotAffine(node, "it is changed in place while others read it")
             self.forms[node] = self._step(node)
             todo.pop()
         return self.forms[target]
@@ -267,8 +269,8 @@ def matrix(form: Form, inputs: int, precision: torch.dtype) -> Tensor:
 
 def _identity(root: Node) -> Form:
     value = root.meta["val"]
-    features = (int(value.shape[-1]),) if value.ndim and isinstance(value.shape[-1], int) else ()
-    return Form((Term(),), features)
+    width = static_size(value.shape[-1]) if value.ndim else None
+    return Form((Term(),), () if width is None else (width,))
 
 
 def _pass(analysis: Analysis, node: Node) -> Form:
@@ -400,9 +402,10 @@ def _reshaped(analysis: Analysis, node: Node) -> Form:
     for length in reversed(node.meta["val"].shape):
         if features and math.prod(features) == size:
             break
-        if not isinstance(length, int):
+        known = static_size(length)
+        if known is None:
             raise NotAffine(node, f"{_short(node)} mixes rows")
-        features.insert(0, length)
+        features.insert(0, known)
     if math.prod(features) != size:
         raise NotAffine(node, f"{_short(node)} mixes rows")
     shape = tuple(features)
@@ -460,7 +463,9 @@ def _joined(analysis: Analysis, node: Node) -> Form:
     assert isinstance(pieces, (list, tuple)) and isinstance(dim, int)
     if dim % node.meta["val"].ndim != node.meta["val"].ndim - 1:
         raise NotAffine(node, "concatenation of rows")
-    total, start, result = int(node.meta["val"].shape[-1]), 0, None
+    total, start, result = static_size(node.meta["val"].shape[-1]), 0, None
+    if total is None:
+        raise NotAffine(node, "concatenation of unknown width")
     for piece in pieces:
         if not isinstance(piece, Node) or piece not in analysis.forms:
             raise NotAffine(node, "concatenation with a value that does not come from the input")
@@ -482,8 +487,8 @@ def _joined(analysis: Analysis, node: Node) -> Form:
 
 def _zeros(analysis: Analysis, node: Node) -> Form:
     """Zeros of the input's rows: an affine value without terms."""
-    width = node.meta["val"].shape[-1]
-    if not isinstance(width, int):
+    width = static_size(node.meta["val"].shape[-1])
+    if width is None:
         raise NotAffine(node, "zeros of unknown width")
     return Form((), (width,), torch.zeros(width, dtype=analysis.constants.precision, device=analysis.constants.device))
 
@@ -522,6 +527,14 @@ def _embedding(analysis: Analysis, node: Node) -> Form:
     table = analysis.constant(node, node.args[0])
     term = Term(down=table.t(), chain=(node,), reads=analysis.constants.reads(node.args[0]))
     return Form((term,), (table.shape[1],), key=("embedding",))
+
+
+def static_size(size: Any) -> int | None:
+    """A size as a number, also when it is written as a symbol that can only have one value."""
+    if isinstance(size, int):
+        return size
+    known: int | None = size.node.maybe_as_int()
+    return known
 
 
 def _tensor(node: Node, index: int) -> Node:

@@ -13,6 +13,21 @@ from rewriter.errors import RewriteError
 from rewriter.program import Program
 
 aten = torch.ops.aten
+ALIASING = {
+    aten.view.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
+    aten.t.default,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.narrow.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.diagonal.default,
+}
 CREATION = {
     aten.eye.default,
     aten.zeros.default,
@@ -38,6 +53,7 @@ class Constants:
         self._tensors = program.tensors
         self.leaves: dict[Node, frozenset[str]] = {}  # constant node -> the parameters it reads
         self._values: dict[Node, Any] = {}
+        self.changed = changed_in_place(program)
         for node in program.graph.nodes:
             name = program.parameter_name(node)
             if name is not None:
@@ -46,6 +62,8 @@ class Constants:
                 self.leaves[node] = frozenset().union(*(self.leaves[source] for source in node.all_input_nodes))
 
     def _is_constant(self, node: Node) -> bool:
+        if node in self.changed:
+            return False
         if not node.all_input_nodes:
             return node.target in CREATION
         if not all(source in self.leaves for source in node.all_input_nodes):
@@ -109,3 +127,28 @@ class Constants:
         if isinstance(value, torch.dtype) and value.is_floating_point:
             return self.precision
         return self.device if isinstance(value, torch.device) else value
+
+
+def changed_in_place(program: Program) -> set[Node]:
+    """The values that an operation changes in place while others still read them, under this or an aliasing name.
+
+    An in-place operation whose own result is read from then on (`x = x.add_(y)`) is harmless and not among them.
+    """
+    changed: set[Node] = set()
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
+            continue
+        value = node.args[0]
+        aliases = [value]
+        while value.op == "call_function" and value.args and value.target in ALIASING:
+            parent = value.args[0]
+            if not isinstance(parent, Node):
+                break
+            value = parent
+            aliases.append(value)
+        family = {user for alias in aliases for user in alias.users}
+        if any(node < user for user in family):
+            changed |= {alias for alias in aliases if alias.op == "call_function"}
+            changed |= {user for user in family if node < user}
+    return changed

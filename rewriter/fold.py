@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from rewriter.affine import RULES, Analysis, Form, NotAffine, matrix
+from rewriter.affine import RULES, Analysis, Form, NotAffine, matrix, static_size
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
 from rewriter.find import Miss
+from rewriter.module import TRAIN_FLAG
 from rewriter.program import Program, module_path
 from rewriter.view import CONVOLUTIONS, layers, weight_of
 
@@ -40,7 +41,8 @@ class Fold:
     """One region: from `root` to `end`, around the operation `base` that applies `weight`.
 
     `kept` is the base operation followed by what only reshapes it or adds a bare bias: it takes the place of `end`.
-    `proven` is the last node of the region; `end` may be a cast after it that changes nothing.
+    `proven` is the last node of the region; `end` may be a cast after it that changes nothing, and `source` is the
+    root or what it is cast from without a change.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Fold:
     bias: str | None
     base: Node
     root: Node
+    source: Node
     end: Node
     kept: Node
     proven: Node
@@ -59,7 +62,7 @@ class Fold:
         """(weight [o, i] of the whole region, offset of the region, offset of `kept`), computed now."""
         analysis = Analysis(self.constants.with_values(), self.root, self.base.meta["val"].dtype)
         form, kept = analysis.form(self.proven), analysis.form(self.kept)
-        inputs = self.root.meta["val"].shape[-1]
+        inputs = static_size(self.root.meta["val"].shape[-1]) or 0
         return matrix(form, inputs, self.constants.precision), _flat(form.offset), _flat(kept.offset)
 
 
@@ -166,13 +169,16 @@ def _grow(context: _Context, base: Node, path: str, weight: str) -> Fold | None:
         try:
             start = analysis.form(base)
         except NotAffine:
-            break
+            continue  # a value between two reshapes has no rows of its own; the ones before it may
         prefix = _between(root, base)
+        if any(node.target in TRAIN_FLAG for node in prefix):
+            break  # a dropout of the model stays where it is
         early = _reads(start) - {weight} - _computed(context, base)
         if early and not (early <= context.added or context.in_one_module(prefix)):
             break  # what stands before the layer, such as the gain of a norm, is part of the model
         found = _extend(context, analysis, base, path, weight, start, bool(early))
-        best = found or best
+        if found is not None and (best is None or early or best.proven < found.proven):
+            best = found
     if best is None:
         _complain(context.constants, base)
     return best
@@ -210,15 +216,21 @@ def _extend(
     reads = _reads(form) | form.offset_reads
     end = _absorb_casts(end, context.wrapper(nodes))
     bias = _bias(context, base)
-    return Fold(path, weight, bias, base, analysis.root, end, kept, accepted[0], nodes, reads, context.constants)
+    source = _before_casts(analysis.root, context.wrapper(nodes))
+    return Fold(path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants)
 
 
 def _one_base(context: _Context, form: Form, base: Node) -> bool:
     """Whether the form is this base weight plus updates: no second base weight, and no path without a parameter."""
-    direct = {t.chain[0] for t in form.terms if len(t.chain) == 1 and context.is_base(t.chain[0])} | {base}
-    if direct != {base} or any(not term.chain for term in form.terms):
-        return False
-    return not any(base in term.chain and len(term.chain) > 1 for term in form.terms)
+    for term in form.terms:
+        if not term.chain:
+            return False  # a residual connection
+        others = [node for node in term.chain if node is not base]
+        if base in term.chain and any(context.is_base(node) for node in others):
+            return False  # another layer of the model, before or after this one
+        if base not in term.chain and len(others) == 1 and context.is_base(others[0]):
+            return False  # two layers side by side: which one is the base cannot be told
+    return any(base in term.chain for term in form.terms)
 
 
 def _reads(form: Form) -> frozenset[str]:
@@ -342,6 +354,17 @@ def _absorb_casts(end: Node, wrapper: str) -> Node:
     return end
 
 
+def _before_casts(root: Node, wrapper: str) -> Node:
+    """Walk back over casts that change nothing, in the module around the region."""
+    while root.target in (aten.to.dtype, aten.to.dtype_layout) and module_path(root) == wrapper:
+        source = root.args[0]
+        assert isinstance(source, Node)
+        if source.meta["val"].dtype != root.meta["val"].dtype:
+            break
+        root = source
+    return root
+
+
 def entry(base: Node, root: Node) -> tuple[Node, Node] | None:
     """(reader, value): the operand to replace by the root so that the base operation reads the root directly.
 
@@ -367,7 +390,7 @@ def _between(root: Node, end: Node) -> set[Node]:
     todo = [end]
     while todo:
         node = todo.pop()
-        if node in seen or node is root or not root < node or node.op != "call_function":
+        if node in seen or not root < node or node.op != "call_function" or node.target is aten.sym_size.int:
             continue
         seen.add(node)
         todo.extend(node.all_input_nodes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -34,10 +36,10 @@ def trace(
     meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
     if meta:
         raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
-    shapes = _automatic(module, args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
-    training = module.training
+    modes = {child: child.training for child in module.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _named_inputs(module, args, kwargs):
+            shapes = _automatic(module, args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
             exported = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -47,7 +49,8 @@ def trace(
             fix="Check that the example inputs run through the model, and that its control flow does not depend on data.",
         ) from error
     finally:
-        module.train(training)
+        for child, mode in modes.items():
+            child.training = mode
     return Program.adopt(exported, metadata)
 
 
@@ -58,3 +61,24 @@ def _automatic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if isinstance(leaf, torch.Tensor):
             shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
     return shapes.dynamic_shapes(module, args, kwargs)
+
+
+@contextmanager
+def _named_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give a forward that takes `**kwargs` (a wrapper's) the names that are really passed, as torch.export needs."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if args or not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        yield
+        return
+    original = module.forward
+
+    def forward(**given: Any) -> Any:
+        return original(**given)
+
+    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in kwargs]
+    forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
