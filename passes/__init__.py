@@ -2,5 +2,6 @@
 
 from passes.lora import Lora as Lora
 from passes.merge import Merge as Merge
+from passes.peft import PeftAdapter as PeftAdapter
 
-__all__ = ["Lora", "Merge"]
+__all__ = ["Lora", "Merge", "PeftAdapter"]

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from passes.lora_init import INITS, REPLACES_WEIGHT, initial
+from passes.saved_modules import untie
 from rewriter.edit import Edit
 from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Sites, Targets, full_match, fused_parts, select
@@ -129,8 +130,11 @@ class Lora:
     def finish(self, edit: Edit) -> None:
         adapted = {name.rsplit(".lora_", 1)[0] for name in edit.added}
         for name in self.trained_beside(edit.program, adapted):
-            if name not in edit.added:
-                edit.train(name)
+            if name in edit.added:
+                continue
+            if _is_saved(name.rpartition(".")[0], self.modules_to_save):
+                untie(edit, name)
+            edit.train(name)
 
     def trained_beside(self, program: Program, adapted: Collection[str]) -> list[str]:
         """What else trains when the layers at the paths `adapted` are: the modules to save and the biases."""

@@ -17,6 +17,7 @@ from rewriter.errors import RewriteError, RewriteWarning, UsageError
 from rewriter.find import Miss, Sites, select
 from rewriter.formats import peft
 from rewriter.formats.peft_config import LoraConfig, short_names, short_patterns
+from rewriter.formats.sniff import Kind, require
 from rewriter.program import Program
 from rewriter.transform import FREE, Law, Result, apply
 from rewriter.view import Conv, Embedding, Linear, layers, modules
@@ -30,7 +31,8 @@ class PeftAdapter:
 
     Shapes: W [o, i], A [rank, i], B [o, rank], all as `Lora`, whose options follow from `adapter_config.json`. Trained
     biases and `modules_to_save` replace what the program holds; a saved module that shares its weight is untied.
-    `sha256` over both files is filled in when it is empty, and checked when it is not.
+    `sha256` over both files is filled in when it is empty, and checked when it is not; a recipe records it beside the
+    directory's last name.
 
     Raises `RewriteError` unless every tensor has exactly one place, every module of the configuration its tensors, and
     every shape, rank and base name agree (`force_base` lets the base name differ); `LawError` for NaN and infinity
@@ -41,7 +43,7 @@ class PeftAdapter:
     name: ClassVar[str] = "peft"
     source: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
 
-    directory: Path
+    directory: Path | None = None
     sha256: str = ""
     adapter: str = "default"
     strict: bool = False
@@ -49,18 +51,21 @@ class PeftAdapter:
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "directory", Path(self.directory))
         if not self.adapter or "." in self.adapter:
             raise UsageError(f"adapter is {self.adapter!r}", fix="A name without dots.")
-        if not self.sha256:
-            files = peft.read(self.directory, strict=self.strict, allow_nonfinite=self.allow_nonfinite)
-            object.__setattr__(self, "sha256", files.sha256)
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+            if not self.sha256:
+                require(self.directory, Kind.PEFT_ADAPTER)
+                object.__setattr__(self, "sha256", peft.digest(self.directory))
 
     @property
     def law(self) -> Law:
         return FREE.because("the adapter is trained")
 
     def find(self, program: Program) -> Sites[LayerSite | ParameterSite]:
+        if self.directory is None:
+            raise UsageError("no adapter directory given", fix="Name the directory that holds adapter_config.json.")
         read = read_adapter(
             self.directory,
             program,

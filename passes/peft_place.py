@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from passes.lora import Lora
+from passes.saved_modules import untie
 from rewriter.edit import Edit
 from rewriter.errors import RewriteError
 from rewriter.formats.peft import PeftFiles
@@ -48,35 +49,19 @@ class ParameterSite:
     alone: bool  # a tied name takes the value without the names it was tied with
 
     def rewrite(self, edit: Edit) -> None:
+        if self.alone:
+            untie(edit, self.path)
         names = next((list(group) for group in edit.program.tied() if self.path in group), [self.path])
-        if self.alone and len(names) > 1:
-            untie(edit, self.path, [name for name in names if name != self.path])
-            names = [self.path]
         if self.trains:
             edit.train(self.path)
         if self.value is None:
             return
-        value = torch.nn.Parameter(self.value.to(edit.program.tensor(self.path).dtype), requires_grad=False)
+        before = edit.program.tensor(self.path)
+        value = self.value.to(before.dtype)
+        if isinstance(before, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, requires_grad=False)
         for name in names:
-            edit.set_value(name, value if name in edit.program.parameters() else value.detach())
-
-
-def untie(edit: Edit, name: str, others: list[str]) -> None:
-    """Let the layer of `name` read a placeholder of its own, apart from the layers of the names it was tied with."""
-    reads = {n: edit.program.placeholder(n) for n in (name, *others)}
-    sites = layers(edit.program).values()
-    known = {call for site in sites for call in site.calls}
-    own = {call for site in sites if site.path == name.rpartition(".")[0] for call in site.calls}
-    elsewhere = reads[next((n for n in others if reads[n].users), others[0])]
-    for source in reads.values():
-        for user in list(source.users):
-            if user not in known:
-                raise RewriteError(
-                    f"{name} is tied to {others[0]}", evidence=[f"{user.name} reads it, which is no layer"]
-                )
-            target = reads[name] if user in own else elsewhere if source is reads[name] else source
-            if target is not source:
-                edit.rewire(user, source, target)
+            edit.set_value(name, value)
 
 
 class Place:
@@ -152,11 +137,8 @@ class Place:
             if tensors[name].shape != value.shape:
                 raise _misfit(name, tensors[name].shape, value.shape)
             saved = config.saves(key.rpartition(".")[0])
-            ties = [other for group in self.program.tied() if name in group for other in group if other != name]
-            same = [self.files.base.get(self.here(other)) for other in ties]
-            together = bool(same) and all(other is not None and torch.equal(other, value) for other in same)
             if name in trained or not torch.equal(tensors[name].to(value.dtype), value):
-                result.append(ParameterSite(name, value, name in trained, alone=saved and not together))
+                result.append(ParameterSite(name, value, name in trained, alone=saved))
         named = {site.path for site in result}
         missing = sorted(trained - named)
         lost = [name for name in missing if config.saves(self.here(name).rpartition(".")[0])]

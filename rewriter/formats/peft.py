@@ -60,34 +60,35 @@ def read(directory: Path, *, strict: bool = False, allow_nonfinite: bool = False
     """
     require(directory, Kind.PEFT_ADAPTER)
     config = read_config(directory, strict=strict)
-    weights = directory / WEIGHTS
-    if weights.exists():
-        held = safetensors.load(weights)
-    elif (directory / LEGACY_WEIGHTS).exists():
-        weights = directory / LEGACY_WEIGHTS
-        held = pickle.load_state_dict(weights)
-    else:
-        names = sorted(entry.name for entry in directory.iterdir())
-        raise RewriteError(
-            f"{directory} has no {WEIGHTS}", evidence=[f"it holds: {', '.join(names[:12])}"], fix="Download it again."
-        )
+    weights = _weights(directory)
+    held = safetensors.load(weights) if weights.name == WEIGHTS else pickle.load_state_dict(weights)
     _check_numbers(weights, held, allow_nonfinite)
     lora, base = _sort(weights, _normalised(weights, held))
     for path, tensors in lora.items():
         _check_pair(weights, path, tensors)
         _check_extras(weights, config, path, tensors)
     _check_ranks(directory, config, lora)
-    return PeftFiles(directory, config, lora, base, digest(directory / CONFIG, weights))
+    return PeftFiles(directory, config, lora, base, digest(directory))
 
 
-def digest(*paths: Path) -> str:
-    """The SHA-256 over the bytes of files, in order."""
+def digest(directory: Path) -> str:
+    """The SHA-256 over the bytes of an adapter's configuration and weights."""
     total = hashlib.sha256()
-    for path in paths:
+    for path in (directory / CONFIG, _weights(directory)):
         with open_regular(path) as file:
             while block := file.read(_BLOCK_BYTES):
                 total.update(block)
     return total.hexdigest()
+
+
+def _weights(directory: Path) -> Path:
+    for name in (WEIGHTS, LEGACY_WEIGHTS):
+        if (directory / name).exists():
+            return directory / name
+    names = sorted(entry.name for entry in directory.iterdir())
+    raise RewriteError(
+        f"{directory} has no {WEIGHTS}", evidence=[f"it holds: {', '.join(names[:12])}"], fix="Download it again."
+    )
 
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, overwrite: bool) -> Path:
