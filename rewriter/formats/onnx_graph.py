@@ -55,8 +55,9 @@ def convert(program: Program, *, opset: int | None = None) -> ir.Model:
             _own_layout(node)
     clone.exported.graph_module.recompile()
     model = _export(clone, opset)
+    inputs = [str(value.name) for value in model.graph.inputs]
     _tidy(model, set(program.tensors))
-    rename(model, program)
+    rename(model, program, inputs)
     common_passes.NameFixPass()(model)
     return model
 

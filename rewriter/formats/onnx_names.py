@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,10 +17,11 @@ from rewriter.program import Program
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
-def rename(model: ir.Model, program: Program) -> None:
-    """Give a freshly converted model its readable names, in place."""
+def rename(model: ir.Model, program: Program, inputs: Sequence[str]) -> None:
+    """Give a freshly converted model its readable names, in place; `inputs` are those that the exporter gave."""
     _name_weights(model, program)
-    wanted = dict(zip(model.graph.outputs, output_names(program, model), strict=True))
+    outputs = output_names(program, {*inputs, *model.graph.initializers})
+    wanted = dict(zip([*model.graph.inputs, *model.graph.outputs], [*inputs, *outputs], strict=True))
     names = {*wanted.values()}
     for value in _values(model):
         if value not in wanted and value.name in names:
@@ -30,18 +31,13 @@ def rename(model: ir.Model, program: Program) -> None:
     _name_dimensions(model, dimension_names(program))
 
 
-def output_names(program: Program, model: ir.Model) -> list[str]:
+def output_names(program: Program, taken: Collection[str]) -> list[str]:
     """The field names of what the program returns (`logits`, dictionary keys), or `output_0`, `output_1`, ..."""
-    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
     spec = program.exported.call_spec.out_spec
     names = list(_paths(spec, ""))
     kinds = program.exported.graph_signature.user_outputs
     kept = [name for name, kind in zip(names, kinds, strict=True) if isinstance(kind, str)]
-    return [f"output_{name}" if name in taken or name.isdigit() or not name else name for name in _numbered(kept)]
-
-
-def _numbered(names: list[str]) -> list[str]:
-    return names if names != [""] else ["0"]
+    return [f"output_{name or 0}" if name in taken or not name or name.isdigit() else name for name in kept]
 
 
 def _paths(spec: Any, prefix: str) -> Iterator[str]:
