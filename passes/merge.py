@@ -117,6 +117,13 @@ class Merge:
             if site.bias is not None and index is not None:
                 _set_operand(edit, site, index, edit.program.placeholder(name))
             if not torch.equal(value, edit.program.tensor(name)):
+                readers = _other_readers(edit.program, site, [site], name)
+                if readers:
+                    raise RewriteError(
+                        f"{site.path} cannot be merged: its bias {name} is also read elsewhere",
+                        evidence=[f"read by %{node.name}" for node in readers[:6]],
+                        fix="Give the layer a bias of its own before tracing.",
+                    )
                 _set_once(edit, name, value)
         elif bool(change.any()):
             if index != 2:
@@ -222,13 +229,15 @@ def _set_operand(edit: Edit, site: Fold, index: int, node: Node) -> None:
     if node.meta["val"].shape != shape:
         node = edit.call(aten.t.default, node, like=site.base, label="weight_t", before=True)
     edit.set_argument(site.base, index, node)
+    if isinstance(before, Node):
+        edit.erase([before])  # the computation of the weight, when nothing else reads it
 
 
-def _other_readers(program: Program, site: Fold, found: list[Fold]) -> list[Node]:
-    """The operations that read a folded weight and are not folded with it."""
+def _other_readers(program: Program, site: Fold, found: list[Fold], name: str = "") -> list[Node]:
+    """The operations that read a folded weight (or the tensor `name`) and are not folded with it."""
     inside = frozenset().union(*(fold.nodes for fold in found if fold.weight == site.weight))
     constants = site.constants
-    todo, seen, outside = [program.placeholder(site.weight)], set[Node](), []
+    todo, seen, outside = [program.placeholder(name or site.weight)], set[Node](), []
     while todo:
         for user in todo.pop().users:
             if user in seen:
@@ -236,6 +245,6 @@ def _other_readers(program: Program, site: Fold, found: list[Fold]) -> list[Node
             seen.add(user)
             if user in constants.leaves:
                 todo.append(user)
-            elif user not in inside and user is not site.base:
+            elif user not in inside and user is not site.base and user is not site.kept:
                 outside.append(user)
     return sorted(outside)

@@ -314,7 +314,8 @@ def _matmul(analysis: Analysis, node: Node) -> Form:
         return analysis.contract(form, node, weight.t(), node.args[1])
     if weight.ndim > len(form.features):
         raise NotAffine(node, f"{_short(node)} takes another matrix for every row")
-    return analysis.map_rows(form, node, lambda rows: rows @ weight, reads=analysis.constants.reads(node.args[1]))
+    mapped = analysis.map_rows(form, node, lambda rows: rows @ weight, reads=analysis.constants.reads(node.args[1]))
+    return replace(mapped, terms=tuple(replace(t, chain=(*t.chain, node)) for t in mapped.terms))
 
 
 def _einsum(analysis: Analysis, node: Node) -> Form:
@@ -344,7 +345,7 @@ def _einsum(analysis: Analysis, node: Node) -> Form:
     features = tuple(some.shape[keep:])
     reads = analysis.constants.reads(operands[1])
     terms = tuple(
-        replace(t, rows=r.reshape(r.shape[0], *features), diagonal=None, reads=t.reads | reads)
+        Term(t.down, r.reshape(r.shape[0], *features), None, (*t.chain, node), t.reads | reads)
         for t, r in zip(form.terms, results, strict=True)
     )
     return replace(form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features))

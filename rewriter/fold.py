@@ -26,6 +26,16 @@ aten = torch.ops.aten
 WEIGHT_INPUT = {aten.addmm.default: 2, aten.embedding.default: 0}
 DATA_INPUT = {aten.addmm.default: 1, aten.embedding.default: 1}
 BIAS_INPUT = {aten.linear.default: 2, aten.addmm.default: 0, **dict.fromkeys(CONVOLUTIONS, 2)}
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+}
 COMPUTED = {  # operations whose weight may be computed from several parameters
     aten.linear.default,
     aten.addmm.default,
@@ -145,7 +155,7 @@ def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
             data = node.args[DATA_INPUT.get(node.target, 0)]
             if isinstance(operand, Node) and operand in constants and data not in constants:
                 home = _home(context.program, constants, operand)
-                if home is not None:
+                if home is not None and constants.reads(operand) - {home}:
                     yield node, home.removesuffix(".weight"), home
 
 
@@ -157,6 +167,7 @@ def _home(program: Program, constants: Constants, operand: Node) -> str | None:
         name
         for name in sorted(constants.reads(operand) - added)
         if tuple(program.tensor(name).shape) in (shape, shape[::-1])
+        and program.tensor(name).dtype == operand.meta["val"].dtype
     ]
     return same[0] if len(same) == 1 else None
 
@@ -200,7 +211,9 @@ def _extend(
             if updated:
                 accepted = (end, form)
             continue
-        if len(form.terms) > len(before.terms) or late or more & context.added:
+        own = _reads(form) | before.offset_reads
+        again = any(context.constants.reads(n) & own for n in end.all_input_nodes if n in context.constants)
+        if len(form.terms) > len(before.terms) or late or more & context.added or (accepted and again):
             accepted, before = (end, form), form
         elif more:
             if not context.in_one_module(_between(analysis.root, end)):
@@ -337,8 +350,7 @@ def _only_reshapes(node: Node) -> bool:
     if not isinstance(source, Node):
         return False
     same_type = source.meta["val"].dtype == node.meta["val"].dtype
-    kinds = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default)
-    return same_type and node.target in kinds
+    return same_type and node.target in RESHAPES
 
 
 def _absorb_casts(end: Node, wrapper: str) -> Node:
