@@ -128,7 +128,9 @@ class Merge:
         elif bool(change.any()):
             if index != 2:
                 raise RewriteError(f"{site.path} has no bias to take the update's constant part")
-            made = edit.parameter(f"{site.path}.bias", change.to(edit.program.tensor(site.weight).dtype), trainable=False)
+            made = edit.parameter(
+                f"{site.path}.bias", change.to(edit.program.tensor(site.weight).dtype), trainable=False
+            )
             _set_operand(edit, site, index, made)
 
     def _check_finite(self, name: str, site: Fold, value: torch.Tensor, base: torch.Tensor) -> None:

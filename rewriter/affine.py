@@ -126,7 +126,9 @@ class Analysis:
         if term.rows is not None:
             return term.rows
         size = math.prod(form.features)
-        rows = torch.eye(size, dtype=self.constants.precision, device=self.constants.device).reshape(size, *form.features)
+        rows = torch.eye(size, dtype=self.constants.precision, device=self.constants.device).reshape(
+            size, *form.features
+        )
         return rows if term.diagonal is None else rows * term.diagonal
 
     def map_rows(
@@ -151,7 +153,9 @@ class Analysis:
             replace(t, rows=r.reshape(r.shape[0], *features), diagonal=None, reads=t.reads | reads)
             for t, r in zip(form.terms, results, strict=True)
         )
-        return replace(form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features))
+        return replace(
+            form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features)
+        )
 
     def contract(self, form: Form, node: Node, weight: Tensor, operand: Any) -> Form:
         """`x -> x · weightᵀ` on the last feature; weight [o, i]."""
@@ -510,15 +514,17 @@ def _convolution(analysis: Analysis, node: Node) -> Form:
         term = Term(down=weight, chain=(node,), reads=reads)
         result = Form((term,), (weight.shape[0], *[1] * dims), None, frozenset(), key, channels_first=True)
     else:
-        plain = all(size == 1 for size in weight.shape[2:]) and geometry[0] in ([1] * dims, 1) and not any(
-            g for g in (geometry[1] if isinstance(geometry[1], (list, tuple)) else [geometry[1]]) if g != "valid"
+        plain = (
+            all(size == 1 for size in weight.shape[2:])
+            and geometry[0] in ([1] * dims, 1)
+            and not any(
+                g for g in (geometry[1] if isinstance(geometry[1], (list, tuple)) else [geometry[1]]) if g != "valid"
+            )
         )
         if not plain or not form.channels_first:
             raise NotAffine(node, "a second convolution that is not 1x1")
         result = analysis.map_rows(form, node, lambda rows: node.target(rows, weight, None, *geometry), reads=reads)  # type: ignore[operator]
-        result = replace(
-            result, terms=tuple(replace(t, chain=(*t.chain, node)) for t in result.terms)
-        )
+        result = replace(result, terms=tuple(replace(t, chain=(*t.chain, node)) for t in result.terms))
     return analysis.shift(result, shaped, analysis.constants.reads(bias_operand), node)
 
 

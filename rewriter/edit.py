@@ -131,14 +131,6 @@ class Edit:
         Origin(origin.step, origin.name, origin.label, old.name).write(new)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: not (user in self._inserted and user <= new))
 
-    def top(self, node: Node) -> Node:
-        """The value that stands for `node` by now: the node itself, or the sum the last pass put in its place."""
-        while True:
-            above = [user for user in node.users if (origin := Origin.of(user)) and origin.stands_for == node.name]
-            if not above:
-                return node
-            node = above[0]
-
     def rewire(self, node: Node, old: Node, new: Node) -> None:
         """Let one operation read another value. Not undone by provenance: the step keeps the program before it."""
         self.removes = True

@@ -19,7 +19,7 @@ from rewriter.constants import Constants
 from rewriter.errors import RewriteError
 from rewriter.find import Miss
 from rewriter.module import TRAIN_FLAG
-from rewriter.program import Program, module_path
+from rewriter.program import Origin, Program, module_path
 from rewriter.view import CONVOLUTIONS, layers, weight_of
 
 aten = torch.ops.aten
@@ -227,10 +227,13 @@ def _extend(
         return None
     nodes = frozenset(_between(analysis.root, end))
     reads = _reads(form) | form.offset_reads
-    end = _absorb_casts(end, context.wrapper(nodes))
-    bias = _bias(context, base)
-    source = _before_casts(analysis.root, context.wrapper(nodes))
-    return Fold(path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants)
+    bias, source = _bias(context, base), analysis.root
+    if not any(Origin.of(node) for node in nodes):  # our own branches leave no casts, so any cast is the model's
+        end = _absorb_casts(end, context.wrapper(nodes))
+        source = _before_casts(source, context.wrapper(nodes))
+    return Fold(
+        path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants
+    )
 
 
 def _one_base(context: _Context, form: Form, base: Node) -> bool:

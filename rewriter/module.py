@@ -173,5 +173,3 @@ def _same(before: torch.Tensor, now: torch.Tensor) -> bool:
     if before.data_ptr() == now.data_ptr():
         return True
     return torch.equal(before.detach().to(now.dtype), now.to(before.device))
-
-

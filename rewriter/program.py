@@ -153,7 +153,7 @@ class Program:
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters by name (not buffers, not constants), tied names included."""
         kinds = {s.target: s.kind for s in self.specs.values()}
-        return {k: v for k, v in self.exported.state_dict.items() if kinds.get(k, None) is InputKind.PARAMETER}
+        return {k: v for k, v in self.exported.state_dict.items() if kinds.get(k) is InputKind.PARAMETER}
 
     @property
     def trainable(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -26,13 +27,17 @@ def trace(
 
     `dynamic_shapes="auto"` lets every tensor dimension vary that the model allows to vary; anything else is given to
     `torch.export.export` as it is. A dimension of size 0 or 1 in the example is taken as constant, so give examples
-    with at least two rows. Dropout stays in the graph and follows `module.train()` later.
+    with at least two rows. A transformers model needs no example: its configuration says what goes in. Dropout stays in the graph and follows `module.train()` later.
 
     Raises `RewriteError` when the model cannot be traced, with the reason torch gives.
     """
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"trace needs an nn.Module, got {type(module).__name__}")
     kwargs = dict(kwargs or {})
+    if not args and not kwargs and _is_transformers(module):
+        from rewriter.formats.huggingface import trace_model
+
+        return trace_model(module)
     meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
     if meta:
         raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
@@ -52,6 +57,12 @@ def trace(
         for child, mode in modes.items():
             child.training = mode
     return Program.adopt(exported, metadata)
+
+
+def _is_transformers(module: torch.nn.Module) -> bool:
+    """Whether the module is a transformers model, without importing transformers for others."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(module, library.PreTrainedModel)
 
 
 def _automatic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch.fx import Node
 
-from rewriter.program import Program, module_path
+from rewriter.program import Origin, Program, module_path
 
 aten = torch.ops.aten
 CONVOLUTIONS = {op for packet in (aten.conv1d, aten.conv2d, aten.conv3d) for op in (packet.default, packet.padding)}
@@ -93,6 +93,15 @@ Site = Linear | Conv | Embedding
 S = TypeVar("S", bound=Layer)
 
 
+def top(node: Node) -> Node:
+    """The value that stands for `node` by now: the node itself, or the sum the last pass put in its place."""
+    while True:
+        above = [user for user in node.users if (origin := Origin.of(user)) and origin.stands_for == node.name]
+        if not above:
+            return node
+        node = above[0]
+
+
 def weight_of(program: Program, node: object) -> tuple[str, bool] | None:
     """The parameter behind a value and whether it arrives transposed; None when the value is not a bare parameter."""
     transposed = False
@@ -137,7 +146,7 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
 
 
 def layers(program: Program) -> dict[str, Site]:
-    """Every layer by its path, in the order of first use.
+    """Every layer of the model by its path, in the order of first use; what a pass put beside one is no layer.
 
     A tied weight that is read as an embedding and as a linear layer is one entry per use, each naming the others.
     """
@@ -150,6 +159,8 @@ def layers(program: Program) -> dict[str, Site]:
         if described is None:
             continue
         kind, weight, bias, transposed = described
+        if Origin.of(node) and Origin.of(program.placeholder(weight)):
+            continue
         path = _owner(weight, aliases.get(weight, (weight,)), module_path(node))
         name = _alias(path, weight, aliases.get(weight, (weight,)))
         key = (path, kind.__name__)
@@ -314,12 +325,13 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
     """Every attention of the program, with its projections found by walking the data flow."""
     found = layers(program) if found is None else found
     by_call = {call: site for site in found.values() if isinstance(site, Linear) for call in site.calls}
+    by_top = {top(call): site for call, site in by_call.items()}
     result: list[Attention] = []
     for node in program.graph.nodes:
         operands = _attention_operands(node) if node.op == "call_function" else None
         if operands is None:
             continue
-        sources = [_projections(program, operand, by_call) for operand in operands[:3]]
+        sources = [_projections(program, operand, by_top) for operand in operands[:3]]
         roles = [
             tuple(_cut(program, site, call, frontier, role) for site, call, frontier in source)
             for source, role in zip(sources, ("query", "key", "value"), strict=True)
@@ -330,7 +342,7 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
 
 
 def _projections(
-    program: Program, start: Node, by_call: dict[Node, Linear]
+    program: Program, start: Node, by_top: dict[Node, Linear]
 ) -> list[tuple[Linear, Node, frozenset[Node]]]:
     """The linear layers a value comes from, without walking through them; with the nodes on the way."""
     seen: set[Node] = set()
@@ -340,11 +352,11 @@ def _projections(
         if node in seen:
             continue
         seen.add(node)
-        if node in by_call:
+        if node in by_top:
             calls.append(node)
         elif node.op == "call_function" and node.target is not aten.embedding.default:
             todo.extend(node.all_input_nodes)
-    return [(by_call[call], call, frozenset(seen)) for call in sorted(calls)]
+    return [(by_top[call], call, frozenset(seen)) for call in sorted(calls)]
 
 
 def _cut(program: Program, site: Linear, call: Node, cone: frozenset[Node], role: str) -> Linear:
