@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.functions import Max, Min
 
 from rewriter.program import Origin, Program, module_path
 
@@ -79,6 +81,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor_type(tensor: torch.Tensor) -> str:
     """`f32[4,16]` for a tensor of known sizes."""
     return f"{dtype_name(tensor.dtype)}[{','.join(map(str, tensor.shape))}]"
+
+
+@lru_cache(maxsize=4096)
+def settled(expression: Any) -> Any:
+    """A symbolic expression as it is after save and load, when minimum and maximum are sympy's and not torch's."""
+    if expression.is_Atom or not expression.has(Min, Max):
+        return expression
+    return expression.replace(Min, sympy.Min).replace(Max, sympy.Max)
 
 
 class _Writer:
@@ -218,7 +228,7 @@ class _Writer:
             # Symbols are numbered as met; those of one expression that none showed before, by their own names.
             for symbol in sorted(expression.free_symbols, key=str):
                 self.sizes.setdefault(symbol, type(symbol)(f"d{len(self.sizes)}", integer=True, positive=True))
-            self.expressions[expression] = str(expression.xreplace(self.sizes)).replace(" ", "")
+            self.expressions[expression] = str(settled(expression).xreplace(self.sizes)).replace(" ", "")
         return self.expressions[expression]
 
 

@@ -13,6 +13,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rewriter.formats.archive import load_exported_program
 from rewriter.formats.atomic import write_file
 from rewriter.formats.json import parse_object
 from rewriter.program import Origin, Program, Step
+from rewriter.text import settled
 
 HISTORY = "rewriter.json"
 RESERVED = ("rewriter.original.", "rewriter.before.")
@@ -214,24 +216,30 @@ def _hollow(home: dict[str, Any]) -> None:
 
 
 def _normal(program: Program) -> ExportedProgram:
-    """A copy of the graph whose types are what torch makes of them when it loads them: views that start at zero."""
+    """A copy of the graph whose types are what torch makes of them when it loads them, so that saving is final."""
     clone = program.clone()
     for graph in clone.graphs():
         for node in graph.nodes:
-            value = node.meta.get("val")
-            if any(_is_offset(leaf) for leaf in torch.utils._pytree.tree_leaves(value)):
-                node.meta["val"] = torch.utils._pytree.tree_map(_from_zero, value)
+            if "val" in node.meta:
+                node.meta["val"] = torch.utils._pytree.tree_map(_as_loaded, node.meta["val"])
     return clone.exported
 
 
-def _is_offset(value: Any) -> bool:
-    return isinstance(value, FakeTensor) and not (
-        isinstance(value.storage_offset(), int) and value.storage_offset() == 0
-    )
-
-
-def _from_zero(value: Any) -> Any:
-    if not _is_offset(value):
+def _as_loaded(value: Any) -> Any:
+    """Views that start at zero, and sizes and strides with what sympy knows of minimum and maximum."""
+    if isinstance(value, torch.SymInt):
+        expression = settled(value.node.expr)
+        if expression is value.node.expr:
+            return value
+        return value.node.shape_env.create_symintnode(expression, hint=value.node.hint)
+    if not isinstance(value, FakeTensor):
         return value
-    with value.fake_mode, torch.no_grad():
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    old = value.size(), value.stride()
+    sizes, strides = (tuple(map(_as_loaded, each)) for each in old)
+    offset = value.storage_offset()
+    kept = all(new is was for new, was in zip((*sizes, *strides), (*old[0], *old[1]), strict=True))
+    if kept and isinstance(offset, int) and offset == 0:
+        return value
+    shape_env = value.fake_mode.shape_env
+    with value.fake_mode, shape_env.suppress_guards() if shape_env else nullcontext(), torch.no_grad():
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
