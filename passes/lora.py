@@ -19,7 +19,7 @@ from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Sites, Targets, full_match, fused_parts, select
 from rewriter.program import Program
 from rewriter.transform import EXACT, FREE, ROUNDING, Law
-from rewriter.view import Conv, Embedding, Linear, Site
+from rewriter.view import Conv, Embedding, Linear, Site, top
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ class Lora:
     def rewrite(self, site: Site, edit: Edit) -> None:
         branch = _Branch(self, site, edit)
         for call in site.calls:
-            base = edit.top(call)
+            base = top(call)
             update = branch.update(call)
             total = branch.magnitude(call, base, update) if self.dora else branch.plain(call, base, update)
             edit.replace(base, total)

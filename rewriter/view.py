@@ -150,13 +150,14 @@ def layers(program: Program) -> dict[str, Site]:
 
     A tied weight that is read as an embedding and as a linear layer is one entry per use, each naming the others.
     """
+    added = {name for step in program.steps for name in step.added}  # what passes added is no layer of the model
     aliases = {name: group for group in program.tied() for name in group}
     found: dict[tuple[str, str], Site] = {}
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         described = _describe(program, node)
-        if described is None:
+        if described is None or described[1] in added:
             continue
         kind, weight, bias, transposed = described
         if Origin.of(node) and Origin.of(program.placeholder(weight)):
@@ -332,17 +333,17 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
         if operands is None:
             continue
         sources = [_projections(program, operand, by_top) for operand in operands[:3]]
-        roles = [
-            tuple(_cut(program, site, call, frontier, role) for site, call, frontier in source)
+        query, key, value = (
+            tuple(_cut(site, call, frontier, role) for site, call, frontier in source)
             for source, role in zip(sources, ("query", "key", "value"), strict=True)
-        ]
-        path = module_path(node)
-        result.append(Attention(path, node, *roles, output=_output_projection(operands[3], by_call)))
+        )
+        output = _output_projection(operands[3], by_call)
+        result.append(Attention(module_path(node), node, query, key, value, output))
     return result
 
 
 def _projections(
-    program: Program, start: Node, by_top: dict[Node, Linear]
+    start: Node, by_top: dict[Node, Linear]
 ) -> list[tuple[Linear, Node, frozenset[Node]]]:
     """The linear layers a value comes from, without walking through them; with the nodes on the way."""
     seen: set[Node] = set()
@@ -359,7 +360,7 @@ def _projections(
     return [(by_top[call], call, frozenset(seen)) for call in sorted(calls)]
 
 
-def _cut(program: Program, site: Linear, call: Node, cone: frozenset[Node], role: str) -> Linear:
+def _cut(site: Linear, call: Node, cone: frozenset[Node], role: str) -> Linear:
     """The part of a fused projection's rows that reach one operand of the attention."""
     channels = _channels(call, cone, site.out_features)
     if channels is None or len(channels) == site.out_features:
@@ -371,7 +372,7 @@ def _cut(program: Program, site: Linear, call: Node, cone: frozenset[Node], role
 
 
 def _channels(call: Node, cone: frozenset[Node], width: int) -> list[int] | None:
-    """Which output channels of `call` reach the end of `cone`, by pushing their numbers through the shape operations."""
+    """Which output channels of `call` reach the end of `cone`, by pushing their numbers through shape operations."""
     value = call.meta["val"]
     sizes = _Sizes()
     numbers = torch.arange(width).expand([sizes(s) for s in value.shape])
@@ -393,7 +394,7 @@ def _channels(call: Node, cone: frozenset[Node], width: int) -> list[int] | None
             args = torch.fx.node.map_arg(user.args, lambda n: env[n] if n in env else sizes(n.meta["val"]))
             try:
                 env[user] = user.target(*args, **user.kwargs)  # type: ignore[operator]
-            except Exception:  # a shape operation whose sizes are not those of this cone: no statement possible
+            except (RuntimeError, TypeError, IndexError):  # a shape operation whose sizes are not those of this cone: no statement possible
                 return None
             todo.append(user)
             if not any(u in cone for u in user.users) and isinstance(env[user], torch.Tensor):
@@ -482,7 +483,7 @@ def mlp_layers(program: Program, found: dict[str, Site] | None = None) -> Iterat
             yield site
 
 
-def is_output_head(program: Program, site: Linear, found: dict[str, Site]) -> bool:
+def is_output_head(site: Linear, found: dict[str, Site]) -> bool:
     """Whether a linear layer is the output embedding: it has one row per row of an embedding and ends the program."""
     if not any(isinstance(s, Embedding) and s.in_features == site.out_features for s in found.values()):
         return False
