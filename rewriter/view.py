@@ -332,7 +332,7 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
         operands = _attention_operands(node) if node.op == "call_function" else None
         if operands is None:
             continue
-        sources = [_projections(program, operand, by_top) for operand in operands[:3]]
+        sources = [_projections(operand, by_top) for operand in operands[:3]]
         query, key, value = (
             tuple(_cut(site, call, frontier, role) for site, call, frontier in source)
             for source, role in zip(sources, ("query", "key", "value"), strict=True)
@@ -342,9 +342,7 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
     return result
 
 
-def _projections(
-    start: Node, by_top: dict[Node, Linear]
-) -> list[tuple[Linear, Node, frozenset[Node]]]:
+def _projections(start: Node, by_top: dict[Node, Linear]) -> list[tuple[Linear, Node, frozenset[Node]]]:
     """The linear layers a value comes from, without walking through them; with the nodes on the way."""
     seen: set[Node] = set()
     todo, calls = [start], []
@@ -394,7 +392,11 @@ def _channels(call: Node, cone: frozenset[Node], width: int) -> list[int] | None
             args = torch.fx.node.map_arg(user.args, lambda n: env[n] if n in env else sizes(n.meta["val"]))
             try:
                 env[user] = user.target(*args, **user.kwargs)  # type: ignore[operator]
-            except (RuntimeError, TypeError, IndexError):  # a shape operation whose sizes are not those of this cone: no statement possible
+            except (
+                RuntimeError,
+                TypeError,
+                IndexError,
+            ):  # a shape operation whose sizes are not those of this cone: no statement possible
                 return None
             todo.append(user)
             if not any(u in cone for u in user.users) and isinstance(env[user], torch.Tensor):
