@@ -1,0 +1,72 @@
+"""`rewriter apply`: passes onto a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rewriter.cli.applying import dry_run, run
+from rewriter.cli.options import Load, as_json, beside, existing, free, loading, output, overwriting, verbosity
+from rewriter.cli.pass_command import PassCommand, chosen_passes
+from rewriter.errors import UsageError
+
+if TYPE_CHECKING:
+    from rewriter.transform import Pass
+
+
+@click.command(cls=PassCommand, no_args_is_help=True)
+@click.argument("source", metavar="MODEL")
+@click.option("--pass", metavar="NAME", expose_value=False, help="Apply this pass. Its options follow it.")
+@click.option("--adapter", metavar="DIR", expose_value=False, help="Apply a PEFT adapter directory.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Apply the passes of a recipe file.")
+@output("beside the input, named after the passes")
+@overwriting
+@click.option("--dry-run", "dry", is_flag=True, help="Show where the passes apply and what they add; write nothing.")
+@click.option("--no-check", "check", is_flag=True, default=True, flag_value=False, help="Skip the check of the law.")
+@as_json
+@loading
+@verbosity
+@click.pass_context
+def command(
+    ctx: click.Context,
+    source: str,
+    recipe: Path | None,
+    output: Path | None,
+    overwrite: bool,
+    dry: bool,
+    check: bool,
+    as_json: bool,
+    load: Load,
+) -> None:
+    """Apply passes to a model and write the result as a new program.
+
+    \b
+    rewriter apply --pass lora --targets q_proj,v_proj --rank 8 model.pt
+    rewriter apply --pass lora --rank 4 --pass merge model.pt -o merged.pt
+    rewriter apply --adapter DIR model.pt
+    rewriter apply --pass lora --help         the options of a pass
+    """
+    passes = chosen_passes(ctx)
+    if recipe is not None:
+        passes = _read(recipe, bool(passes))
+    if not passes and recipe is None:
+        raise UsageError("no pass given", fix="Add --pass NAME, --adapter DIR or --recipe FILE; see `rewriter passes`.")
+    if dry:
+        dry_run(load(source), passes, as_json=as_json)
+        return
+    path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite)
+    directories = [getattr(each, "directory", None) for each in passes]
+    inputs = existing(source, recipe, *directories)
+    run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json)
+
+
+def _read(path: Path, has_passes: bool) -> tuple[Pass, ...]:
+    from rewriter import recipe
+    from rewriter.cli.registry import registry
+
+    if has_passes:
+        raise UsageError(f"{path} and passes on the command line together", fix="Give one of them.")
+    kinds = {name: entry.kind for name, entry in registry().items()}
+    return recipe.build(recipe.read(path), kinds, folder=path.parent)

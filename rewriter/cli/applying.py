@@ -1,0 +1,130 @@
+"""Applying passes and showing what they did; shared by the verbs that apply any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rewriter
+from rewriter.cli.output import out, table, working, write_json
+
+if TYPE_CHECKING:
+    from rewriter.program import Program
+    from rewriter.transform import Applied, Pass, Result
+
+
+def run(
+    program: Program,
+    passes: Sequence[Pass],
+    path: Path,
+    *,
+    check: bool,
+    overwrite: bool,
+    inputs: Sequence[Path],
+    as_json: bool,
+) -> None:
+    """Apply, write, show."""
+    from rewriter.formats.pt2 import save
+
+    with working(f"applying {', '.join(each.name for each in passes)}"):
+        result = rewriter.apply(program, *passes, check=check)
+    with working(f"writing {path}"):
+        save(result.program, path, overwrite=overwrite, inputs=inputs)
+    if as_json:
+        write_json({"output": str(path), "applied": [each.to_json() for each in result.applied]})
+        return
+    show(result)
+    out(f"wrote {path}")
+
+
+def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool) -> None:
+    """Show where passes apply and what they would add; nothing is written and no numbers are checked."""
+    result = rewriter.apply(program, *passes, check=False)
+    steps = result.program.steps[len(program.steps) :]
+    rows = [
+        _match(program, result.program, applied, site, step.added)
+        for applied, step in zip(result.applied, steps, strict=True)
+        for site in applied.sites
+    ]
+    if as_json:
+        write_json({"dry_run": True, "matches": rows, "applied": [each.to_json() for each in result.applied]})
+        return
+    table(
+        ("pass", "path", "kind", "shape", "new parameters", "count"),
+        [[*(row[key] for key in ("pass", "path", "kind", "shape")), _names(row), f"{row['count']:,}"] for row in rows],
+        right=(5,),
+    )
+    for miss in result.missed:
+        out(f"not: {miss.path}: {miss.reason}")
+    for applied in result.applied:
+        out(
+            f"{applied.pass_.name}: {len(applied.sites)} sites, {applied.added:,} new parameters, "
+            f"{applied.trainable:,} trainable of {applied.parameters_after:,}"
+        )
+    out("nothing was written")
+
+
+def show(result: Result) -> None:
+    """The table of what every pass did."""
+    table(
+        ("pass", "sites", "before", "after", "trainable", "seconds", "largest change", "law"),
+        [_row(applied) for applied in result.applied],
+        right=(1, 2, 3, 4, 5, 6),
+    )
+    for applied in result.applied:
+        for line in _notes(applied):
+            out(line)
+
+
+def _row(applied: Applied) -> list[str]:
+    change = applied.change
+    moved = "not checked" if change is None else "none" if change.equal else f"{change.absolute:.3g}"
+    if change is not None and not change.equal and change.allowed is not None:
+        moved += f" ({change.relative:.1g} of {change.allowed:.1g} relative)"
+    return [
+        applied.pass_.name,
+        f"{len(applied.sites):,}",
+        f"{applied.parameters_before:,}",
+        f"{applied.parameters_after:,}",
+        f"{applied.trainable:,}",
+        f"{applied.seconds:.2f}",
+        moved,
+        str(applied.pass_.law),
+    ]
+
+
+def _notes(applied: Applied) -> list[str]:
+    """What a pass noted of its sites: the smallest and largest of every number."""
+    names = dict.fromkeys(name for numbers in applied.notes.values() for name in numbers)
+    lines = []
+    for name in names:
+        values = [numbers[name] for numbers in applied.notes.values() if name in numbers]
+        shown = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else f"{values[0]:.3g}"
+        if any(math.isnan(value) for value in values):
+            shown = "not a number"
+        lines.append(f"{applied.pass_.name}: {name.replace('_', ' ')} {shown}")
+    return lines
+
+
+def _match(before: Program, after: Program, applied: Applied, site: Any, added: Sequence[str]) -> dict[str, Any]:
+    layer = getattr(site, "site", site)
+    path = str(getattr(site, "path", site))
+    weight = getattr(layer, "weight", None)
+    part = getattr(layer, "part", None)
+    mine = [name for name in added if name.startswith(f"{path}.") and (part is None or name.endswith(f".{part.name}"))]
+    shapes = {name.removeprefix(f"{path}."): list(after.tensor(name).shape) for name in mine if name in after.tensors}
+    tensors = before.tensors if weight in before.tensors else after.tensors
+    return {
+        "pass": applied.pass_.name,
+        "path": path if part is None else f"{path}[{part.name}]",
+        "kind": getattr(layer, "kind", type(layer).__name__.lower()),
+        "shape": list(tensors[weight].shape) if weight in tensors else [],
+        "new": shapes,
+        "count": sum(math.prod(shape) for shape in shapes.values()),
+    }
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in row["new"].items()) or "none"
