@@ -281,7 +281,7 @@ def _norm_dims(site: Site, ndim: int) -> list[int]:
 
 
 def _norm(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(weight, 2, _norm_dims(site, weight.ndim), isinstance(site, Conv))
+    norm: torch.Tensor = torch.linalg.vector_norm(weight, 2, _norm_dims(site, weight.ndim), isinstance(site, Conv))
     return norm.transpose(0, 1) if isinstance(site, Conv) else norm
 
 
@@ -309,10 +309,14 @@ def _refuse_tied(site: Site, init: str) -> None:
 
 
 def _check_options(lora: Lora) -> None:
-    for name, rank in [("rank", lora.rank), *((f"rank_pattern {k!r}", v) for k, v in lora.rank_pattern.items())]:
+    ranks: list[tuple[str, Any]] = [("rank", lora.rank)]  # Any: what a configuration file holds is not yet known
+    alphas: list[tuple[str, Any]] = [("alpha", lora.alpha)]
+    ranks += [(f"rank_pattern {pattern!r}", value) for pattern, value in lora.rank_pattern.items()]
+    alphas += [(f"alpha_pattern {pattern!r}", value) for pattern, value in lora.alpha_pattern.items()]
+    for name, rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1_000_000:
             raise UsageError(f"{name} is {rank!r}", fix="A rank is a whole number of at least 1.")
-    for name, alpha in [("alpha", lora.alpha), *((f"alpha_pattern {k!r}", v) for k, v in lora.alpha_pattern.items())]:
+    for name, alpha in alphas:
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
             raise UsageError(f"{name} is {alpha!r}", fix="alpha is a finite number.")
         if alpha == 0:

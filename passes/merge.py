@@ -93,7 +93,7 @@ class Merge:
         self._check_finite(site.weight, site, stored, base)
         edit.note(site.path, **_rounding(stored, base))
         value = stored.to(base.dtype).contiguous()
-        operand = _own_weight(edit, site, others, value) if others else _set_weight(edit, site, value)
+        operand = _own_weight(edit, site, value) if others else _set_weight(edit, site, value)
         _set_operand(edit, site, WEIGHT_INPUT.get(site.base.target, 1), operand)  # type: ignore[call-overload]
         self._set_bias(edit, site, offset, kept_offset)
         where = entry(site.base, site.root)
@@ -171,27 +171,21 @@ def _set_once(edit: Edit, name: str, value: torch.Tensor) -> None:
 
 def _set_weight(edit: Edit, site: Fold, value: torch.Tensor) -> Node:
     """Put the folded weight under its name, and under the names tied to it that nothing else reads."""
-    for group in edit.program.tied():
-        if site.weight in group:
-            for name in group:
-                if name != site.weight and not _reads_name(edit.program, name):
-                    edit.originals.setdefault(name, edit.program.tensor(name))
-                    _tie_later(edit, name, site.weight)
+    program = edit.program
+    group = next((group for group in program.tied() if site.weight in group), ())
     _set_once(edit, site.weight, value)
-    for name in edit.tied_to.get(site.weight, ()):
-        edit.program.store(name, edit.program.tensor(site.weight))
-    return edit.program.placeholder(site.weight)
-
-
-def _tie_later(edit: Edit, name: str, home: str) -> None:
-    edit.tied_to.setdefault(home, []).append(name)
+    for name in group:
+        if name != site.weight and not _reads_name(program, name):
+            edit.originals.setdefault(name, program.tensor(name))
+            program.store(name, program.tensor(site.weight))
+    return program.placeholder(site.weight)
 
 
 def _reads_name(program: Program, name: str) -> bool:
     return bool(program.placeholder(name).users)
 
 
-def _own_weight(edit: Edit, site: Fold, others: list[Node], value: torch.Tensor) -> Node:
+def _own_weight(edit: Edit, site: Fold, value: torch.Tensor) -> Node:
     """A tensor for the merged layer alone, under its own name where a tied one is free; the others keep theirs."""
     program = edit.program
     group = next((g for g in program.tied() if site.weight in g), (site.weight,))

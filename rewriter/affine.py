@@ -1,80 +1,29 @@
-"""Proves that a value is affine in another one, row by row, and computes its one weight and bias.
+"""Proves that a value is affine in another one, row by row.
 
 A value is affine in x when it is reached from x through contractions with constants, scaling, adding, dropout in
-evaluation, casts that lose nothing, and reshaping that keeps x's rows apart. Its form is
-
-    value(x) = Σ_t  (x · down_tᵀ) · rows_t  +  offset
-
-with low-rank updates kept as factors: `down` [r, i] is the first contraction of a path and `rows` [r, o] is what the
-rest of the path makes of the r unit rows. `rows` is obtained by running the graph's own operations on those rows, so
-every operation that acts on rows alone is supported by naming it, without a rule of its own.
+evaluation, casts that lose nothing, and reshaping that keeps x's rows apart. One rule per kind of operation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from rewriter.constants import Constants
+from rewriter.form import Algebra, Form, NotAffine, Term, short, static_size, tensor_operand
 from rewriter.view import CONVOLUTIONS
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
 
-class NotAffine(Exception):
-    """The node that is not affine in the root, and why."""
-
-    def __init__(self, node: Node, reason: str) -> None:
-        super().__init__(reason)
-        self.node = node
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One path from the root: `(x · downᵀ) · rows`.
-
-    `down` None is the identity; `rows` None is the identity over `down`'s outputs, scaled by `diagonal` where given.
-    `chain` are the contractions on the path, `reads` the parameters that shaped it.
-    """
-
-    down: Tensor | None = None
-    rows: Tensor | None = None
-    diagonal: Tensor | None = None
-    chain: tuple[Node, ...] = ()
-    reads: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """An affine value: its terms, its offset, and the layout of its rows.
-
-    `key` is the geometry of the first contraction (all terms share it), `features` the trailing sizes that belong to
-    one row, `channels_first` that the features lie in dimension 1, as in a convolution.
-    """
-
-    terms: tuple[Term, ...]
-    features: tuple[int, ...]
-    offset: Tensor | None = None
-    offset_reads: frozenset[str] = frozenset()
-    key: tuple[Any, ...] = ()
-    channels_first: bool = False
-
-
 @dataclass(slots=True)
-class Analysis:
+class Analysis(Algebra):
     """Forms of values relative to one root; computed on request, without recursion."""
-
-    constants: Constants
-    root: Node
-    working: torch.dtype  # the type of the base operation's result: casts below it lose something
-    forms: dict[Node, Form] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.forms[self.root] = _identity(self.root)
@@ -93,8 +42,8 @@ class Analysis:
             if needed and node.target not in ROWLESS and node.target not in SIZED:
                 todo.extend(needed)
                 continue
-            if node.target in SIZED and _tensor(node, 0) not in self.forms:
-                todo.append(_tensor(node, 0))
+            if node.target in SIZED and tensor_operand(node, 0) not in self.forms:
+                todo.append(tensor_operand(node, 0))
                 continue
             if node in self.constants.changed:
                 raise NotAffine(node, "it is changed in place while others read it")
@@ -105,167 +54,8 @@ class Analysis:
     def _step(self, node: Node) -> Form:
         rule = RULES.get(node.target)
         if rule is None:
-            raise NotAffine(node, f"{_short(node)} is not affine")
+            raise NotAffine(node, f"{short(node)} is not affine")
         return rule(self, node)
-
-    # -- pieces the rules are made of ---------------------------------------------------------------------------
-
-    def of(self, node: Node, index: int = 0) -> Form:
-        value = node.args[index]
-        if not isinstance(value, Node) or value not in self.forms:
-            raise NotAffine(node, f"operand {index} of {_short(node)} does not come from the input alone")
-        return self.forms[value]
-
-    def constant(self, node: Node, value: Any) -> Any:
-        if value not in self.constants:
-            raise NotAffine(node, f"{_short(node)} multiplies two values that both depend on the input")
-        return self.constants.value(value)
-
-    def unit(self, form: Form, term: Term) -> Tensor:
-        """The rows of a term as a tensor [r, *features]."""
-        if term.rows is not None:
-            return term.rows
-        size = math.prod(form.features)
-        rows = torch.eye(size, dtype=self.constants.precision, device=self.constants.device).reshape(
-            size, *form.features
-        )
-        return rows if term.diagonal is None else rows * term.diagonal
-
-    def map_rows(
-        self, form: Form, node: Node, linear: Callable[[Tensor], Tensor], *, reads: frozenset[str] = frozenset()
-    ) -> Form:
-        """Apply a row-wise linear operation to every term and to the offset; it sees tensors of the node's rank."""
-        ndim = _tensor(node, 0).meta["val"].ndim
-        width = len(form.features)
-
-        def run(rows: Tensor) -> Tensor:
-            laid = rows.reshape(rows.shape[0], *[1] * (ndim - width - 1), *form.features) if ndim > width else rows
-            return linear(laid)
-
-        if ndim <= width:
-            raise NotAffine(node, f"{_short(node)} acts on a value without rows")
-        results = [run(self.unit(form, term)) for term in form.terms]
-        offset = None if form.offset is None else run(form.offset[None])
-        some = results[0] if results else offset
-        assert some is not None
-        features = tuple(some.shape[ndim - width :]) if not form.channels_first else tuple(some.shape[1:])
-        terms = tuple(
-            replace(t, rows=r.reshape(r.shape[0], *features), diagonal=None, reads=t.reads | reads)
-            for t, r in zip(form.terms, results, strict=True)
-        )
-        return replace(
-            form, terms=terms, features=features, offset=None if offset is None else offset.reshape(features)
-        )
-
-    def contract(self, form: Form, node: Node, weight: Tensor, operand: Any) -> Form:
-        """`x -> x · weightᵀ` on the last feature; weight [o, i]."""
-        if len(form.features) != 1 or form.channels_first or form.features[0] != weight.shape[1]:
-            raise NotAffine(node, f"{_short(node)} contracts something else than a row's features")
-        reads = self.constants.reads(operand)
-        terms = []
-        for term in form.terms:
-            common = {"chain": (*term.chain, node), "reads": term.reads | reads}
-            if term.down is None and term.rows is None:
-                down = weight if term.diagonal is None else weight * term.diagonal
-                terms.append(Term(down=down, **common))
-            elif term.down is None:
-                assert term.rows is not None
-                terms.append(Term(down=(term.rows @ weight.t()).t(), **common))
-            elif term.rows is None:
-                rows = weight.t() if term.diagonal is None else term.diagonal[:, None] * weight.t()
-                terms.append(Term(down=term.down, rows=rows, **common))
-            else:
-                terms.append(Term(down=term.down, rows=term.rows @ weight.t(), **common))
-        offset = None if form.offset is None else form.offset @ weight.t()
-        return replace(
-            form,
-            terms=tuple(terms),
-            features=(weight.shape[0],),
-            offset=offset,
-            offset_reads=form.offset_reads | reads if offset is not None else form.offset_reads,
-            key=form.key or ("linear",),
-        )
-
-    def shift(self, form: Form, value: Any, reads: frozenset[str], node: Node) -> Form:
-        """Add a constant to every row."""
-        if value is None:
-            return form
-        term = self.constants.tensor(value)
-        laid = self._per_row(form, term, node)
-        offset = laid.expand(form.features) if form.offset is None else form.offset + laid
-        return replace(form, offset=offset, offset_reads=form.offset_reads | reads)
-
-    def scale(self, form: Form, factor: Any, reads: frozenset[str], node: Node) -> Form:
-        """Multiply every row by a constant of the features' shape, or by a number."""
-        value = self._per_row(form, self.constants.tensor(factor), node)
-        terms = []
-        for term in form.terms:
-            if term.rows is not None:
-                scaled = replace(term, rows=term.rows * value, reads=term.reads | reads)
-            else:
-                diagonal = value.expand(form.features) if term.diagonal is None else term.diagonal * value
-                scaled = replace(term, diagonal=diagonal, reads=term.reads | reads)
-            terms.append(scaled)
-        offset = None if form.offset is None else form.offset * value
-        return replace(form, terms=tuple(terms), offset=offset)
-
-    def _per_row(self, form: Form, value: Tensor, node: Node) -> Tensor:
-        """A constant operand as seen by one row; refused when it differs from row to row."""
-        if value.numel() == 1:
-            return value.reshape(())
-        width = len(form.features)
-        if form.channels_first:
-            shape = list(value.shape)
-            fits = value.ndim <= width + 1 and all(s == 1 for s in shape[2 - (width + 1 - value.ndim) :])
-            if value.ndim == width + 1 and shape[0] == 1:
-                value, fits = value[0], all(s == 1 for s in shape[2:])
-            if not fits or value.ndim != width:
-                raise NotAffine(node, f"{_short(node)} combines with a constant that differs from place to place")
-            return value
-        lead = value.shape[: max(0, value.ndim - width)]
-        if any(size != 1 for size in lead):
-            raise NotAffine(node, f"{_short(node)} combines with a constant that differs from row to row")
-        return value.reshape(value.shape[len(lead) :])
-
-    def add(self, node: Node, one: Form, two: Form, alpha: float) -> Form:
-        two = self.scale(two, alpha, frozenset(), node) if alpha != 1 else two
-        if one.features != two.features or one.channels_first != two.channels_first:
-            raise NotAffine(node, f"{_short(node)} adds rows of different layouts")
-        if one.key and two.key and one.key != two.key:
-            raise NotAffine(node, f"{_short(node)} adds operations of different geometry ({one.key} and {two.key})")
-        offsets = [o for o in (one.offset, two.offset) if o is not None]
-        return replace(
-            one,
-            terms=(*one.terms, *two.terms),
-            offset=sum(offsets[1:], offsets[0]) if offsets else None,
-            offset_reads=one.offset_reads | two.offset_reads,
-            key=one.key or two.key,
-        )
-
-
-def matrix(form: Form, inputs: int, precision: torch.dtype) -> Tensor:
-    """The one weight of a form, [o, i] for rows of features, [o, i, *kernel] for a convolution."""
-    total: Tensor | None = None
-    size = math.prod(form.features)
-    # whole weights first: the low-rank updates are then added to them in one addmm each
-    for term in sorted(form.terms, key=lambda t: t.rows is not None):
-        if term.rows is None:
-            whole = term.down if term.down is not None else torch.eye(inputs, dtype=precision)
-            if term.diagonal is not None:
-                whole = whole * term.diagonal.reshape(size, *[1] * (whole.ndim - 1))
-            total = whole if total is None else total + whole
-            continue
-        left = term.rows.reshape(term.rows.shape[0], size).t()
-        if term.down is None:
-            total = left if total is None else total + left
-            continue
-        down = term.down.flatten(1)
-        if total is None:
-            total = (left @ down).reshape(size, *term.down.shape[1:])
-        else:
-            total = torch.addmm(total.flatten(1), left, down).reshape(total.shape)
-    assert total is not None
-    return total
 
 
 # -- rules: operation -> form of its result ------------------------------------------------------------------------
@@ -284,7 +74,7 @@ def _pass(analysis: Analysis, node: Node) -> Form:
 def _cast(analysis: Analysis, node: Node) -> Form:
     target = node.meta["val"].dtype
     if not target.is_floating_point or torch.promote_types(target, analysis.working) != target:
-        source = _tensor(node, 0).meta["val"].dtype
+        source = tensor_operand(node, 0).meta["val"].dtype
         if target != source:
             raise NotAffine(node, f"the cast from {source} to {target} loses precision")
     return analysis.of(node)
@@ -317,14 +107,15 @@ def _matmul(analysis: Analysis, node: Node) -> Form:
     if weight.ndim == 2:
         return analysis.contract(form, node, weight.t(), node.args[1])
     if weight.ndim > len(form.features):
-        raise NotAffine(node, f"{_short(node)} takes another matrix for every row")
+        raise NotAffine(node, f"{short(node)} takes another matrix for every row")
     mapped = analysis.map_rows(form, node, lambda rows: rows @ weight, reads=analysis.constants.reads(node.args[1]))
     return replace(mapped, terms=tuple(replace(t, chain=(*t.chain, node)) for t in mapped.terms))
 
 
 def _einsum(analysis: Analysis, node: Node) -> Form:
     equation, operands = node.args[0], node.args[1]
-    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    assert isinstance(equation, str)
+    assert isinstance(operands, (list, tuple))
     if len(operands) != 2 or not isinstance(operands[0], Node) or operands[0] not in analysis.forms:
         raise NotAffine(node, "einsum whose first operand is not the input")
     form = analysis.forms[operands[0]]
@@ -360,7 +151,7 @@ def _scaled(analysis: Analysis, node: Node) -> Form:
     if one in analysis.constants:
         one, two = two, one
     if not isinstance(one, Node) or one not in analysis.forms:
-        raise NotAffine(node, f"{_short(node)} is not affine")
+        raise NotAffine(node, f"{short(node)} is not affine")
     factor = analysis.constant(node, two)
     return analysis.scale(analysis.forms[one], factor, analysis.constants.reads(two), node)
 
@@ -384,7 +175,7 @@ def _added(sign: int) -> Callable[[Analysis, Node], Form]:
         forms = analysis.forms
         if isinstance(one, Node) and isinstance(two, Node) and one in forms and two in forms:
             if node.meta["val"].shape != one.meta["val"].shape or node.meta["val"].shape != two.meta["val"].shape:
-                raise NotAffine(node, f"{_short(node)} broadcasts one value over the other")
+                raise NotAffine(node, f"{short(node)} broadcasts one value over the other")
             return analysis.add(node, forms[one], forms[two], alpha)
         if isinstance(one, Node) and one in forms:
             value = analysis.constant(node, two)
@@ -393,7 +184,7 @@ def _added(sign: int) -> Callable[[Analysis, Node], Form]:
         if isinstance(two, Node) and two in forms:
             scaled = analysis.scale(forms[two], alpha, frozenset(), node) if alpha != 1 else forms[two]
             return analysis.shift(scaled, analysis.constant(node, one), analysis.constants.reads(one), node)
-        raise NotAffine(node, f"{_short(node)} is not affine")
+        raise NotAffine(node, f"{short(node)} is not affine")
 
     return rule
 
@@ -402,17 +193,18 @@ def _reshaped(analysis: Analysis, node: Node) -> Form:
     """A reshape keeps rows apart when the trailing sizes of its result multiply to one row's features."""
     form = analysis.of(node)
     if form.channels_first:
-        raise NotAffine(node, f"{_short(node)} mixes channels and places")
-    size, features = math.prod(form.features), []
+        raise NotAffine(node, f"{short(node)} mixes channels and places")
+    size = math.prod(form.features)
+    features: list[int] = []
     for length in reversed(node.meta["val"].shape):
         if features and math.prod(features) == size:
             break
         known = static_size(length)
         if known is None:
-            raise NotAffine(node, f"{_short(node)} mixes rows")
+            raise NotAffine(node, f"{short(node)} mixes rows")
         features.insert(0, known)
     if math.prod(features) != size:
-        raise NotAffine(node, f"{_short(node)} mixes rows")
+        raise NotAffine(node, f"{short(node)} mixes rows")
     shape = tuple(features)
     terms = tuple(
         replace(
@@ -431,24 +223,29 @@ def _moved(analysis: Analysis, node: Node) -> Form:
     form = analysis.of(node)
     ndim, width = node.meta["val"].ndim, len(form.features)
     if node.target is aten.transpose.int:
-        touched = [int(d) % ndim for d in node.args[1:3]]  # type: ignore[call-overload]
+        touched = [dim % ndim for dim in _integers(node.args[1:3])]
     else:
-        order = [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, call-overload]
+        order = [dim % ndim for dim in _integers(node.args[1])]
         touched = [d for place, d in enumerate(order) if place != d]
     if form.channels_first or any(d < ndim - width for d in touched):
-        raise NotAffine(node, f"{_short(node)} moves rows")
+        raise NotAffine(node, f"{short(node)} moves rows")
     return analysis.map_rows(form, node, lambda rows: node.target(rows, *node.args[1:]))  # type: ignore[operator]
+
+
+def _integers(value: Any) -> list[int]:
+    return [int(item) for item in value]
 
 
 def _sliced(analysis: Analysis, node: Node) -> Form:
     form = analysis.of(node)
     ndim, width = node.meta["val"].ndim, len(form.features)
-    dim, start, end, step = [*node.args[1:], *[0, None, None, 1][len(node.args) - 1 :]]
+    given: list[Any] = [*node.args[1:], *[0, None, None, 1][len(node.args) - 1 :]]
+    dim, start, end, step = given
     assert isinstance(dim, int)
     if dim % ndim < ndim - width or form.channels_first:
         if start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1:
             return form
-        raise NotAffine(node, f"{_short(node)} selects rows")
+        raise NotAffine(node, f"{short(node)} selects rows")
     return analysis.map_rows(form, node, lambda rows: aten.slice.Tensor(rows, *node.args[1:]))
 
 
@@ -457,7 +254,7 @@ def _padded(analysis: Analysis, node: Node) -> Form:
     padding = node.args[1]
     assert isinstance(padding, (list, tuple))
     if len(padding) > 2 * len(form.features) or form.channels_first or (len(node.args) > 2 and node.args[2]):
-        raise NotAffine(node, f"{_short(node)} pads rows")
+        raise NotAffine(node, f"{short(node)} pads rows")
     return analysis.map_rows(form, node, lambda rows: aten.constant_pad_nd.default(rows, list(padding)))
 
 
@@ -465,7 +262,8 @@ def _joined(analysis: Analysis, node: Node) -> Form:
     """Concatenation along the last feature: every piece is padded to the whole width, then they are added."""
     pieces = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(pieces, (list, tuple)) and isinstance(dim, int)
+    assert isinstance(pieces, (list, tuple))
+    assert isinstance(dim, int)
     if dim % node.meta["val"].ndim != node.meta["val"].ndim - 1:
         raise NotAffine(node, "concatenation of rows")
     total, start, result = static_size(node.meta["val"].shape[-1]), 0, None
@@ -534,25 +332,6 @@ def _embedding(analysis: Analysis, node: Node) -> Form:
     table = analysis.constant(node, node.args[0])
     term = Term(down=table.t(), chain=(node,), reads=analysis.constants.reads(node.args[0]))
     return Form((term,), (table.shape[1],), key=("embedding",))
-
-
-def static_size(size: Any) -> int | None:
-    """A size as a number, also when it is written as a symbol that can only have one value."""
-    if isinstance(size, int):
-        return size
-    known: int | None = size.node.maybe_as_int()
-    return known
-
-
-def _tensor(node: Node, index: int) -> Node:
-    value = node.args[index]
-    if not isinstance(value, Node):
-        raise NotAffine(node, f"{_short(node)} has no tensor to start from")
-    return value
-
-
-def _short(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 SIZED = {  # operations that also take sizes of the input, which say nothing about its values

@@ -115,7 +115,8 @@ class Constants:
             if tensor.device.type == "meta" and self.device.type != "meta":
                 raise RewriteError(f"{name} has no values, only a shape", fix="Load the weights first.")
             return tensor.to(device=self.device, dtype=self.precision if tensor.is_floating_point() else None)
-        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._prepare)  # type: ignore[misc, arg-type]
+        args = torch.fx.node.map_aggregate(node.args, self._prepare)
+        kwargs = torch.fx.node.map_aggregate(node.kwargs, self._prepare)
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:  # nobody writes into a tensor of a program
             args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, args)

@@ -29,7 +29,6 @@ class Edit:
         self.added: list[str] = []
         self.trainable: list[str] = []
         self.originals: dict[str, torch.Tensor] = {}
-        self.tied_to: dict[str, list[str]] = {}
         self.notes: dict[str, dict[str, float]] = {}
         self.removes = False  # True once an operation that was there before is rewired or removed
         self._inserted: set[Node] = set()
@@ -127,7 +126,7 @@ class Edit:
     def replace(self, old: Node, new: Node) -> None:
         """Let `new`, which this edit inserted, stand where `old` stood: every other user of `old` now uses `new`."""
         origin = Origin.of(new)
-        assert origin is not None and new in self._inserted
+        assert origin is not None
         Origin(origin.step, origin.name, origin.label, old.name).write(new)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: not (user in self._inserted and user <= new))
 
@@ -139,8 +138,9 @@ class Edit:
     def set_argument(self, node: Node, index: int, value: Node) -> None:
         """Give an operation another operand at a position, or its first one there."""
         self.removes = True
-        missing = [None] * (index + 1 - len(node.args))
-        node.args = (*node.args, *missing)[:index] + (value,) + node.args[index + 1 :]
+        operands = [*node.args, *[None] * (index + 1 - len(node.args))]
+        operands[index] = value
+        node.args = tuple(operands)
 
     def redirect(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new`, an operation that was there before."""
@@ -187,7 +187,8 @@ class Edit:
         settle(self.program)
 
     def _first_operation(self) -> Node:
-        return next(node for node in self.program.graph.nodes if node.op != "placeholder")
+        first: Node = next(node for node in self.program.graph.nodes if node.op != "placeholder")
+        return first
 
     def _fake_mode(self) -> FakeTensorMode:
         for node in self.program.graph.nodes:
@@ -200,7 +201,8 @@ class Edit:
 def settle(program: Program) -> None:
     """Bring output names, signature and generated code of a changed program in line with its graph."""
     specs = program.exported.graph_signature.output_specs
-    for spec, value in zip(specs, next(iter(reversed(program.graph.nodes))).args[0], strict=True):  # type: ignore[arg-type]
+    results = next(iter(reversed(program.graph.nodes))).args[0]
+    for spec, value in zip(specs, results, strict=True):
         if spec.kind in (OutputKind.USER_OUTPUT, OutputKind.BUFFER_MUTATION) and isinstance(value, Node):
             spec.arg.name = value.name
     program.__dict__.pop("specs", None)
@@ -227,9 +229,7 @@ def _identifier(name: str) -> str:
 
 
 def _nodes(tree: Any) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.node.map_arg(tree, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
-    return found
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Node)]
 
 
 def _values(tree: Any) -> Any:

@@ -157,14 +157,14 @@ def _matchers(program: Program, targets: Targets, found: dict[str, Site]) -> dic
         if name.startswith("@"):
             return lambda: _by_flow(program, name, found)
         if name == "all-linear" and (isinstance(targets, str) or len(names) == 1):
-            return lambda: _all_linear(program, found)
+            return lambda: _all_linear(found)
         return lambda: [site for path, site in found.items() if _matches(targets, name, path)]
 
     return {name: matcher(name) for name in names}
 
 
-def _all_linear(program: Program, found: dict[str, Site]) -> list[Site]:
-    return [s for s in found.values() if isinstance(s, Linear) and not is_output_head(program, s, found)]
+def _all_linear(found: dict[str, Site]) -> list[Site]:
+    return [s for s in found.values() if isinstance(s, Linear) and not is_output_head(s, found)]
 
 
 def _by_flow(program: Program, selector: str, found: dict[str, Site]) -> list[Site]:

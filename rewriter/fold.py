@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from rewriter.affine import RULES, Analysis, Form, NotAffine, matrix, static_size
+from rewriter.affine import RULES, Analysis
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
 from rewriter.find import Miss
+from rewriter.form import Form, NotAffine, matrix, static_size
 from rewriter.module import TRAIN_FLAG
 from rewriter.program import Origin, Program, module_path
 from rewriter.view import CONVOLUTIONS, layers, weight_of
@@ -316,7 +317,7 @@ def _bias(context: _Context, base: Node) -> str | None:
         return None
     operand = base.args[index]
     found = weight_of(context.program, operand)
-    return found[0] if found else _home(context.program, context.constants, operand)  # type: ignore[arg-type]
+    return found[0] if found else _home(context.program, context.constants, operand)
 
 
 def _kept(context: _Context, base: Node, end: Node) -> Node:

@@ -103,7 +103,8 @@ class Program:
 
     @property
     def graph(self) -> Graph:
-        return self.exported.graph
+        graph: Graph = self.exported.graph
+        return graph
 
     def graphs(self) -> Iterator[Graph]:
         """The graph and the graphs of its higher-order operations."""
@@ -177,7 +178,7 @@ class Program:
     def clone(self) -> Program:
         """A program whose graph can be changed: the graph is copied, every tensor is shared."""
         tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(self.exported.example_inputs)]
+        leaves = torch.utils._pytree.tree_leaves(self.exported.example_inputs)
         memo = {id(value): value for value in [*tensors, *leaves]}
         return Program(copy.deepcopy(self.exported, memo), self.steps, self.metadata)
 

@@ -27,7 +27,8 @@ def trace(
 
     `dynamic_shapes="auto"` lets every tensor dimension vary that the model allows to vary; anything else is given to
     `torch.export.export` as it is. A dimension of size 0 or 1 in the example is taken as constant, so give examples
-    with at least two rows. A transformers model needs no example: its configuration says what goes in. Dropout stays in the graph and follows `module.train()` later.
+    with at least two rows. A transformers model needs no example: its configuration says what goes in. Dropout stays
+    in the graph and follows `module.train()` later.
 
     Raises `RewriteError` when the model cannot be traced, with the reason torch gives.
     """
@@ -37,7 +38,7 @@ def trace(
     if not args and not kwargs and _is_transformers(module):
         from rewriter.formats.huggingface import trace_model
 
-        return trace_model(module)
+        return trace_model(module)  # type: ignore[arg-type]
     meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
     if meta:
         raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
@@ -51,7 +52,7 @@ def trace(
         raise RewriteError(
             f"{type(module).__name__} cannot be traced by torch.export",
             evidence=lines[:8] or [type(error).__name__],
-            fix="Check that the example inputs run through the model, and that its control flow does not depend on data.",
+            fix="Check that the inputs run through the model, and that its control flow does not depend on data.",
         ) from error
     finally:
         for child, mode in modes.items():
@@ -88,7 +89,7 @@ def _named_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
     names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in kwargs]
     forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
@@ -126,10 +126,10 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
     if target is aten.linear.default:
         found = weight_of(program, args[1])
         bias = weight_of(program, args[2]) if len(args) > 2 else None
-        return found and (Linear, found[0], bias and bias[0], found[1])  # type: ignore[return-value]
+        return found and (Linear, found[0], bias and bias[0], found[1])
     if target is aten.addmm.default:
         found, bias = weight_of(program, args[2]), weight_of(program, args[0])
-        return found and (Linear, found[0], bias and bias[0], not found[1])  # type: ignore[return-value]
+        return found and (Linear, found[0], bias and bias[0], not found[1])
     if target in (aten.mm.default, aten.matmul.default):
         found = weight_of(program, args[1])
         if found and node.args[1].meta["val"].ndim == 2 and weight_of(program, args[0]) is None:  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
     if target in CONVOLUTIONS:
         found = weight_of(program, args[1])
         bias = weight_of(program, args[2]) if len(args) > 2 else None
-        return (Conv, found[0], bias and bias[0], False) if found and not found[1] else None  # type: ignore[return-value]
+        return (Conv, found[0], bias and bias[0], False) if found and not found[1] else None
     if target is aten.embedding.default:
         found = weight_of(program, args[0])
         return (Embedding, found[0], None, False) if found and not found[1] else None
@@ -374,7 +374,7 @@ def _channels(call: Node, cone: frozenset[Node], width: int) -> list[int] | None
     value = call.meta["val"]
     sizes = _Sizes()
     numbers = torch.arange(width).expand([sizes(s) for s in value.shape])
-    env: dict[Node, object] = {call: numbers}
+    env: dict[Node, Any] = {call: numbers}
     reached: set[int] = set()
     todo = [call]
     while todo:
@@ -400,7 +400,7 @@ def _channels(call: Node, cone: frozenset[Node], width: int) -> list[int] | None
                 return None
             todo.append(user)
             if not any(u in cone for u in user.users) and isinstance(env[user], torch.Tensor):
-                reached.update(env[user].unique().tolist())  # type: ignore[attr-defined]
+                reached.update(env[user].unique().tolist())
     return sorted(reached) if reached else None
 
 
@@ -410,7 +410,7 @@ class _Sizes:
     def __init__(self) -> None:
         self.symbols: dict[object, int] = {}
 
-    def __call__(self, size: object) -> object:
+    def __call__(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):
             return size
         expression = size.node.expr
