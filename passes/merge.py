@@ -11,7 +11,7 @@ from torch.fx import Node
 from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
-from rewriter.find import Sites
+from rewriter.find import Miss, Sites
 from rewriter.fold import BIAS_INPUT, WEIGHT_INPUT, Fold, bias_beside, entry, folds, leftover, refuse
 from rewriter.program import Program
 from rewriter.transform import ROUNDING, Law
@@ -59,8 +59,9 @@ class Merge:
         if any(tensor.dtype is torch.float64 for tensor in program.parameters().values()):
             precision = torch.float64
         constants = Constants(program, precision)
-        found, missed = folds(program, constants)
-        rest = leftover(program, constants, found)
+        found, broken = folds(program, constants)
+        missed = [Miss(path, f"%{error.node.name}: {error.reason}") for path, error in broken]
+        rest = leftover(program, constants, found, broken)
         if rest:
             raise refuse(program, *rest[0])
         if not found:

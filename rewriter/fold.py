@@ -17,7 +17,6 @@ from torch.fx import Node
 from rewriter.affine import RULES, Analysis
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
-from rewriter.find import Miss
 from rewriter.form import Form, NotAffine, matrix, static_size
 from rewriter.module import TRAIN_FLAG
 from rewriter.program import Origin, Program, module_path
@@ -124,11 +123,11 @@ class _Context:
         return counts
 
 
-def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[Miss]]:
-    """Every region of the program that folds, in program order; and near misses with the node that breaks them."""
+def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[tuple[str, NotAffine]]]:
+    """Every region of the program that folds, in program order; and, by path, what breaks the near misses."""
     context = _Context(program, constants)
     found: list[Fold] = []
-    missed: list[Miss] = []
+    missed: list[tuple[str, NotAffine]] = []
     inside: set[Node] = set()
     for base, path, weight in _contractions(context):
         if base in inside or weight in context.added:
@@ -136,7 +135,7 @@ def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[Miss
         try:
             region = _grow(context, base, path, weight)
         except NotAffine as error:
-            missed.append(Miss(path, f"%{error.node.name}: {error.reason}"))
+            missed.append((path, error))
             continue
         if region is not None:
             found.append(region)
@@ -431,10 +430,12 @@ def _complain(constants: Constants, base: Node) -> None:
         branch = _between(source, other)
         operands = [n for node in branch for n in node.all_input_nodes if n in constants]
         if other in branch and any(constants.reads(operand) for operand in operands):
-            Analysis(constants, source, base.meta["val"].dtype).form(other)
+            Analysis(constants, source, base.meta["val"].dtype).form(join)
 
 
-def leftover(program: Program, constants: Constants, found: list[Fold]) -> list[tuple[str, Node, str]]:
+def leftover(
+    program: Program, constants: Constants, found: list[Fold], missed: list[tuple[str, NotAffine]]
+) -> list[tuple[str, Node, str]]:
     """(parameter, node, reason) of every pass's parameter that no region folds: the node is what breaks the proof."""
     folded = frozenset().union(*(fold.reads for fold in found)) if found else frozenset()
     added = {name for step in program.steps for name in step.added}
@@ -442,24 +443,25 @@ def leftover(program: Program, constants: Constants, found: list[Fold]) -> list[
     for placeholder in list(constants.leaves):
         name = program.parameter_name(placeholder)
         if name in added and name not in folded and placeholder.users:
-            result.append((name, *_breaker(constants, placeholder)))
+            result.append((name, *_breaker(constants, placeholder, [error for _, error in missed])))
     return result
 
 
-def _breaker(constants: Constants, start: Node) -> tuple[Node, str]:
-    """The first operation after a parameter that no rule covers."""
-    todo, seen = [start], set()
+def _breaker(constants: Constants, start: Node, known: list[NotAffine]) -> tuple[Node, str]:
+    """The operation after a parameter that broke a proof, or the first one that no rule covers."""
+    reached, todo = {start}, [start]
     while todo:
-        node = todo.pop(0)
-        for user in sorted(node.users):
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.target not in RULES and user not in constants:
-                return user, f"{str(user.target).removeprefix('aten.').split('.')[0]} is not affine"
-            if user.target is aten.dropout.default and user.args[2]:
-                return user, "dropout in training mode is random"
-            todo.append(user)
+        new = set(todo.pop().users) - reached
+        reached |= new
+        todo.extend(new)
+    for error in known:
+        if error.node in reached:
+            return error.node, error.reason
+    for node in sorted(reached - {start}):
+        if node.target not in RULES and node not in constants:
+            return node, f"{str(node.target).removeprefix('aten.').split('.')[0]} is not affine"
+        if node.target is aten.dropout.default and node.args[2]:
+            return node, "dropout in training mode is random"
     return next(iter(start.users)), "it reaches no base weight"
 
 
