@@ -7,6 +7,7 @@ program: a pass that wants another value puts another tensor under the name. Tha
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -180,7 +181,11 @@ class Program:
         tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
         leaves = torch.utils._pytree.tree_leaves(self.exported.example_inputs)
         memo = {id(value): value for value in [*tensors, *leaves]}
-        return Program(copy.deepcopy(self.exported, memo), self.steps, self.metadata)
+        clone = Program(copy.deepcopy(self.exported, memo), self.steps, self.metadata)
+        for mine, theirs in zip(self.graphs(), clone.graphs(), strict=True):
+            for node, copied in zip(mine.nodes, theirs.nodes, strict=True):
+                copied.name = node.name  # a copy renames values called like a builtin: the `input` of nn.Sequential
+        return clone
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Program:
         """The same program with other tensors under the given names; shapes and dtypes must be the same."""
