@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -87,6 +88,8 @@ class Merge:
     # -- what ---------------------------------------------------------------------------------------------------
 
     def rewrite(self, site: Fold, edit: Edit) -> None:
+        # the value before this layer may be the end of another region, which is folded by now
+        site = replace(site, root=edit.current(site.root), source=edit.current(site.source))
         weight, offset, kept_offset = site.values()
         others = _other_readers(edit.program, site, [site]) if self.untie else []
         base = edit.originals.get(site.weight, edit.program.tensor(site.weight))
@@ -100,8 +103,8 @@ class Merge:
         where = entry(site.base, site.root)
         if where is not None and where[1] is not site.source:
             edit.rewire(where[0], where[1], site.source)
-        if site.kept is not site.end:
-            edit.redirect(site.end, site.kept)
+        for node in _ends(site):
+            edit.redirect(node, site.kept)
         edit.erase(site.nodes - {site.base, site.kept} | {site.root, site.end} - {site.source, site.kept})
 
     def _set_bias(self, edit: Edit, site: Fold, offset: torch.Tensor | None, kept: torch.Tensor | None) -> None:
@@ -142,6 +145,18 @@ class Merge:
                 evidence=[f"folded from: {', '.join(sorted(site.reads)[:6])}"],
                 fix="Repair the adapter or the base, or pass --allow-nonfinite.",
             )
+
+
+def _ends(site: Fold) -> Iterator[Node]:
+    """The end of the region, and the casts that change nothing from there back to what was proven."""
+    node = site.end
+    while node is not site.kept:
+        yield node
+        if node is site.proven:
+            return
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
 
 
 def _as_stored(program: Program, site: Fold, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Edit:
         self.notes: dict[str, dict[str, float]] = {}
         self.removes = False  # True once an operation that was there before is rewired or removed
         self._inserted: set[Node] = set()
+        self._moved: dict[Node, Node] = {}
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -145,7 +146,14 @@ class Edit:
     def redirect(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new`, an operation that was there before."""
         self.removes = True
+        self._moved[old] = new
         old.replace_all_uses_with(new)
+
+    def current(self, node: Node) -> Node:
+        """The value that stands for `node` after this edit's redirections."""
+        while node in self._moved:
+            node = self._moved[node]
+        return node
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove tensors that no operation reads any more, with their placeholders."""
