@@ -155,17 +155,6 @@ class Edit:
             node = self._moved[node]
         return node
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove tensors that no operation reads any more, with their placeholders."""
-        self.removes = True
-        gone = set(names)
-        remove_tensors(self.program, gone)
-
-    def retype(self, node: Node) -> None:
-        """Derive the type of a node again after its inputs changed."""
-        with torch.no_grad():
-            node.meta["val"] = node.target(*_values(node.args), **_values(node.kwargs))  # type: ignore[operator]
-
     def erase(self, nodes: Iterable[Node]) -> None:
         """Remove operations, latest first, then whatever only they read: operations and tensors."""
         self.removes = True

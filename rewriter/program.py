@@ -181,7 +181,9 @@ class Program:
         tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
         leaves = torch.utils._pytree.tree_leaves(self.exported.example_inputs)
         memo = {id(value): value for value in [*tensors, *leaves]}
-        clone = Program(copy.deepcopy(self.exported, memo), self.steps, self.metadata)
+        with warnings.catch_warnings():  # torch copies its own tree specs with a warning to itself
+            warnings.simplefilter("ignore", FutureWarning)
+            clone = Program(copy.deepcopy(self.exported, memo), self.steps, self.metadata)
         for mine, theirs in zip(self.graphs(), clone.graphs(), strict=True):
             for node, copied in zip(mine.nodes, theirs.nodes, strict=True):
                 copied.name = node.name  # a copy renames values called like a builtin: the `input` of nn.Sequential

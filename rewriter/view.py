@@ -5,7 +5,6 @@ A site is a parameter, not a call: a module called twice is one `Linear` with tw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -498,10 +497,3 @@ def is_output_head(site: Linear, found: dict[str, Site]) -> bool:
                 seen.add(user)
                 todo.append(user)
     return False
-
-
-def numel(site: Site) -> int:
-    """Number of weights of a layer (the part's, where only a part is meant)."""
-    if isinstance(site, Linear) and site.part is not None:
-        return (site.part.stop - site.part.start) * site.in_features
-    return math.prod([site.in_features, site.out_features])
