@@ -57,7 +57,7 @@ def build(
     """The module of a program; with `share` its trainable tensors are the program's own and must not be trained."""
     clone = program.clone()
     if dtype is not None:
-        _cast(clone, dtype)
+        change_dtype(clone, dtype)
     if device is not None:
         move_to_device_pass(clone.exported, torch.device(device))
     unlifted = clone.exported.module(check_guards=False)
@@ -114,15 +114,15 @@ def _owner(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return module, leaf
 
 
-def _cast(program: Program, dtype: torch.dtype) -> None:
-    """Turn the floating-point type the model was traced in into another one, in tensors and operations.
+def change_dtype(program: Program, dtype: torch.dtype) -> torch.dtype:
+    """Turn the floating-point type a clone was traced in into another one, in tensors and operations; returns the old.
 
     A model traced in fp32 has lost which of its casts to fp32 were meant to stay; they all follow. Load the model in
     the target type before tracing to keep, for example, fp32 normalisation inside a bf16 model.
     """
     floats = [t.dtype for t in program.parameters().values() if t.is_floating_point()]
     if not floats:
-        return
+        return dtype
     source = max(set(floats), key=floats.count)
 
     def convert(value: Any) -> Any:
@@ -141,6 +141,7 @@ def _cast(program: Program, dtype: torch.dtype) -> None:
                 if isinstance(tensor, torch.nn.Parameter) and not isinstance(value, torch.nn.Parameter):
                     value = converted[id(tensor)] = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
                 home[name] = value
+    return source
 
 
 def trained_values(program: Program, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -51,14 +51,14 @@ def command(
     passes = chosen_passes(ctx)
     if recipe is not None:
         passes = _read(recipe, bool(passes))
-    if not passes and recipe is None:
+    if not passes:
         raise UsageError("no pass given", fix="Add --pass NAME, --adapter DIR or --recipe FILE; see `rewriter passes`.")
     if dry:
         dry_run(load(source), passes, as_json=as_json)
         return
-    path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite)
     directories = [getattr(each, "directory", None) for each in passes]
     inputs = existing(source, recipe, *directories)
+    path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite, inputs)
     run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json)
 
 

@@ -101,7 +101,7 @@ def _notes(applied: Applied) -> list[str]:
     lines = []
     for name in names:
         values = [numbers[name] for numbers in applied.notes.values() if name in numbers]
-        shown = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else f"{values[0]:.3g}"
+        shown = f"{min(values):.3g} to {max(values):.3g}" if min(values) < max(values) else f"{values[0]:.3g}"
         if any(math.isnan(value) for value in values):
             shown = "not a number"
         lines.append(f"{applied.pass_.name}: {name.replace('_', ' ')} {shown}")

@@ -51,7 +51,9 @@ class Field:
         if self.is_flag:
             flags = f"{self.flag}/--no-{self.flag.removeprefix('--')}"
             return click.Option([flags, self.name], default=None, required=self.is_required, help=self._help())
-        return click.Option([self.flag, self.name], type=_parameter(self.hint), required=self.is_required, help=self._help())
+        return click.Option(
+            [self.flag, self.name], type=_parameter(self.hint), required=self.is_required, help=self._help()
+        )
 
     def _help(self) -> str:
         if self.is_required or self.default in (None, "", (), {}):

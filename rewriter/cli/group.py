@@ -19,7 +19,7 @@ import click
 from rewriter.cli.output import close_quietly, note, safe_streams
 from rewriter.errors import RewriteError, RewriteWarning
 
-VERBS = ("passes", "apply")
+VERBS = ("trace", "passes", "inspect", "apply", "merge", "undo", "extract", "diff", "verify", "export")
 INTERRUPTED = 130
 TERMINATED = 128 + signal.SIGTERM
 

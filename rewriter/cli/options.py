@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rewriter.program import Program
 
 F = TypeVar("F", bound=Callable[..., Any])
-Load = Callable[[str], "Program"]
+Load = Callable[..., "Program"]
 
 
 def _set_verbose(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -68,8 +68,11 @@ def beside(source: str, *words: str, suffix: str = ".pt") -> Path:
     return path.parent / (".".join([stem, *words]) + suffix)
 
 
-def free(path: Path, overwrite: bool) -> Path:
-    """The path of an output, refused before the work when it is there already."""
+def free(path: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Path:
+    """The path of an output, refused before the work when it is there already or would replace an input."""
+    for source in inputs:
+        if path.exists() and (path.samefile(source) or path.resolve() in source.resolve().parents):
+            raise RewriteError(f"{path} is an input of this run and would be replaced", fix="Choose another with -o.")
     if path.exists() and not overwrite:
         raise RewriteError(f"{path} already exists", fix="Choose another output with -o, or add --overwrite.")
     return path

@@ -18,7 +18,7 @@ STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 def out(text: str) -> None:
     """Write lines to stdout."""
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         _write(sys.stdout, _safe(line))
 
 
