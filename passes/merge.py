@@ -13,10 +13,11 @@ from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
 from rewriter.find import Miss, Sites
-from rewriter.fold import BIAS_INPUT, WEIGHT_INPUT, Fold, bias_beside, entry, folds, leftover, refuse
+from rewriter.fold import BIAS_INPUT, Fold, bias_beside, entry, folds, leftover, refuse, weight_operand
+from rewriter.grouped import grouped
 from rewriter.program import Program
 from rewriter.transform import ROUNDING, Law
-from rewriter.view import weight_of
+from rewriter.view import CONVOLUTIONS, swaps, weight_of
 
 aten = torch.ops.aten
 PRECISION = {"fp32": torch.float32, "fp64": torch.float64}
@@ -98,14 +99,15 @@ class Merge:
         edit.note(site.path, **_rounding(stored, base))
         value = stored.to(base.dtype).contiguous()
         operand = _own_weight(edit, site, value) if others else _set_weight(edit, site, value)
-        _set_operand(edit, site, WEIGHT_INPUT.get(site.base.target, 1), operand)  # type: ignore[call-overload]
+        _apply_weight(edit, site, operand)
         self._set_bias(edit, site, offset, kept_offset)
         where = entry(site.base, site.root)
         if where is not None and where[1] is not site.source:
             edit.rewire(where[0], where[1], site.source)
-        for node in _ends(site):
+        ends = list(_ends(site))
+        for node in ends:
             edit.redirect(node, site.kept)
-        edit.erase(site.nodes - {site.base, site.kept} | {site.root, site.end} - {site.source, site.kept})
+        edit.erase((site.nodes | {site.root, *ends}) - {site.base, site.kept, site.source})
 
     def _set_bias(self, edit: Edit, site: Fold, offset: torch.Tensor | None, kept: torch.Tensor | None) -> None:
         """Give the base operation the bias of the whole region."""
@@ -119,7 +121,7 @@ class Merge:
             value = (before.detach().to(change.dtype) + change.reshape(before.shape)).to(before.dtype)
             self._check_finite(name, site, value, before)
             if site.bias is not None and index is not None:
-                _set_operand(edit, site, index, edit.program.placeholder(name))
+                _set_bias_operand(edit, site, index, edit.program.placeholder(name))
             if not torch.equal(value, edit.program.tensor(name)):
                 readers = _other_readers(edit.program, site, [site], name)
                 if readers:
@@ -135,7 +137,7 @@ class Merge:
             made = edit.parameter(
                 f"{site.path}.bias", change.to(edit.program.tensor(site.weight).dtype), trainable=False
             )
-            _set_operand(edit, site, index, made)
+            _set_bias_operand(edit, site, index, made)
 
     def _check_finite(self, name: str, site: Fold, value: torch.Tensor, base: torch.Tensor) -> None:
         bad = int((~torch.isfinite(value.to(base.dtype))).sum())
@@ -161,12 +163,25 @@ def _ends(site: Fold) -> Iterator[Node]:
 
 def _as_stored(program: Program, site: Fold, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """The region's weight [o, i] in the layout the parameter is stored in."""
-    if weight.ndim != 2:
+    if site.base.target in CONVOLUTIONS:
         return weight
-    operand = weight if site.base.target in STORED_AS_GIVEN else weight.t()
-    bare = weight_of(program, site.base.args[WEIGHT_INPUT.get(site.base.target, 1)])  # type: ignore[call-overload]
-    turned = bare[1] if bare else tuple(operand.shape) != tuple(base.shape)
-    return operand.t() if turned else operand
+    product = grouped(site.base)
+    as_given = site.base.target in STORED_AS_GIVEN if product is None else not product.inputs_first
+    bare = weight_of(program, weight_operand(site.base))
+    if bare is not None:
+        turned = bare[1]
+    else:
+        _, value, turned = _computed(site.base)
+        turned ^= tuple(value.meta["val"].shape) != tuple(base.shape)
+    return weight if as_given != turned else weight.transpose(-2, -1)
+
+
+def _computed(base: Node) -> tuple[Node, Node, bool]:
+    """(reader, value, transposed): the computed weight of an operation without the transposition it is read through."""
+    reader, value, transposed = base, weight_operand(base), False
+    while swaps(value):
+        reader, value, transposed = value, value.args[0], not transposed
+    return reader, value, transposed
 
 
 def _rounding(exact: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
@@ -222,27 +237,46 @@ def _own_weight(edit: Edit, site: Fold, value: torch.Tensor) -> Node:
     return edit.parameter(mine if mine not in program.tensors else f"{mine}_merged", value, trainable=False)
 
 
-def _set_operand(edit: Edit, site: Fold, index: int, node: Node) -> None:
-    """Let the base operation read a parameter as it is, through the transposition it was read through before."""
-    before = site.base.args[index] if index < len(site.base.args) else None
-    if isinstance(before, Node) and weight_of(edit.program, before) is not None:
-        source = before
-        while source.op != "placeholder":
-            parent = source.args[0]
-            assert isinstance(parent, Node)
-            if parent.op == "placeholder" and parent is not node:
-                edit.rewire(source, parent, node)
-                return
-            source = parent
-        if source is before and source is not node:
-            edit.set_argument(site.base, index, node)
+def _apply_weight(edit: Edit, site: Fold, operand: Node) -> None:
+    """Let the base operation read the folded weight, through the transposition it read its weight through before."""
+    if weight_of(edit.program, weight_operand(site.base)) is not None:
+        reader, value = site.base, weight_operand(site.base)
+        while value.op != "placeholder":
+            reader, value = value, value.args[0]
+        if value is not operand:
+            edit.rewire(reader, value, operand)
         return
-    shape = before.meta["val"].shape if isinstance(before, Node) else node.meta["val"].shape
-    if node.meta["val"].shape != shape:
-        node = edit.call(aten.t.default, node, like=site.base, label="weight_t", before=True)
+    reader, value, _ = _computed(site.base)
+    if value.meta["val"].shape != operand.meta["val"].shape:
+        operand = _transposed(edit, site, operand)
+    edit.rewire(reader, value, operand)
+    edit.erase([value, *_unread(edit.program, site)])
+
+
+def _transposed(edit: Edit, site: Fold, operand: Node) -> Node:
+    operation, dims = (aten.t.default, ()) if operand.meta["val"].ndim == 2 else (aten.transpose.int, (-2, -1))
+    return edit.call(operation, operand, *dims, like=site.base, label="weight_t", before=True)
+
+
+def _unread(program: Program, site: Fold) -> list[Node]:
+    """Operations on the region's parameters whose results nobody reads: a weight computed once more than needed."""
+    todo, seen = [program.placeholder(name) for name in site.reads], set[Node]()
+    while todo:
+        new = {user for user in todo.pop().users if user in site.constants.leaves} - seen
+        seen |= new
+        todo.extend(new)
+    return [node for node in seen if not node.users]
+
+
+def _set_bias_operand(edit: Edit, site: Fold, index: int, node: Node) -> None:
+    """Let the base operation read a parameter as its bias, instead of what computed the bias."""
+    before = site.base.args[index] if index < len(site.base.args) else None
+    bare = weight_of(edit.program, before)
+    if bare is not None and edit.program.placeholder(bare[0]) is node:
+        return
     edit.set_argument(site.base, index, node)
     if isinstance(before, Node):
-        edit.erase([before])  # the computation of the weight, when nothing else reads it
+        edit.erase([before])  # the computation of the bias, when nothing else reads it
 
 
 def _other_readers(program: Program, site: Fold, found: list[Fold], name: str = "") -> list[Node]:

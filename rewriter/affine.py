@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from rewriter.form import Algebra, Form, NotAffine, Term, short, static_size, tensor_operand
+from rewriter.grouped import OFFSETS, grouped
 from rewriter.view import CONVOLUTIONS
 
 aten = torch.ops.aten
@@ -39,10 +40,10 @@ class Analysis(Algebra):
             if not self.root < node or node.op != "call_function":
                 raise NotAffine(node, "it does not come from the same input")
             needed = [n for n in node.all_input_nodes if n not in self.constants and n not in self.forms]
-            if needed and node.target not in ROWLESS and node.target not in SIZED:
+            if needed and node.target not in ROWLESS and node.target not in SIZED and not sorts_rows(node):
                 todo.extend(needed)
                 continue
-            if node.target in SIZED and tensor_operand(node, 0) not in self.forms:
+            if (node.target in SIZED or sorts_rows(node)) and tensor_operand(node, 0) not in self.forms:
                 todo.append(tensor_operand(node, 0))
                 continue
             if node in self.constants.changed:
@@ -53,9 +54,16 @@ class Analysis(Algebra):
 
     def _step(self, node: Node) -> Form:
         rule = RULES.get(node.target)
-        if rule is None:
-            raise NotAffine(node, f"{short(node)} is not affine")
-        return rule(self, node)
+        if rule is not None:
+            return rule(self, node)
+        if sorts_rows(node):
+            return _stacked(self, node)
+        raise NotAffine(node, f"{short(node)} is not affine")
+
+
+def known(node: Node) -> bool:
+    """Whether there is a rule for an operation."""
+    return node.target in RULES or sorts_rows(node)
 
 
 # -- rules: operation -> form of its result ------------------------------------------------------------------------
@@ -94,11 +102,15 @@ def _linear(analysis: Analysis, node: Node) -> Form:
 
 
 def _addmm(analysis: Analysis, node: Node) -> Form:
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        raise NotAffine(node, "addmm with its own alpha or beta")
-    weight = analysis.constant(node, node.args[2])
-    form = analysis.contract(analysis.of(node, 1), node, weight.t(), node.args[2])
-    return analysis.shift(form, analysis.constant(node, node.args[0]), analysis.constants.reads(node.args[0]), node)
+    """`beta · added + alpha · x W`; what is added is a bias, or a value of the same input."""
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    added, weight = node.args[0], analysis.constant(node, node.args[2])
+    product = analysis.contract(analysis.of(node, 1), node, weight.t(), node.args[2])
+    product = analysis.scale(product, alpha, frozenset(), node) if alpha != 1 else product
+    if isinstance(added, Node) and added in analysis.forms:
+        return analysis.add(node, product, analysis.forms[added], float(beta))  # type: ignore[arg-type]
+    value = analysis.constants.tensor(analysis.constant(node, added)) * float(beta)  # type: ignore[arg-type]
+    return analysis.shift(product, value, analysis.constants.reads(added), node)
 
 
 def _matmul(analysis: Analysis, node: Node) -> Form:
@@ -106,31 +118,55 @@ def _matmul(analysis: Analysis, node: Node) -> Form:
     weight = analysis.constant(node, node.args[1])
     if weight.ndim == 2:
         return analysis.contract(form, node, weight.t(), node.args[1])
+    if weight.ndim == 3 and len(form.features) == 1:
+        return _stacked(analysis, node)
     if weight.ndim > len(form.features):
         raise NotAffine(node, f"{short(node)} takes another matrix for every row")
     mapped = analysis.map_rows(form, node, lambda rows: rows @ weight, reads=analysis.constants.reads(node.args[1]))
     return replace(mapped, terms=tuple(replace(t, chain=(*t.chain, node)) for t in mapped.terms))
 
 
+def _stacked(analysis: Analysis, node: Node) -> Form:
+    """A product with another matrix of a stack for every group of rows."""
+    product = grouped(node)
+    if product is None or product.data not in analysis.forms:
+        raise NotAffine(node, f"{short(node)} takes another matrix for every row")
+    weight = analysis.constant(node, product.weight)
+    weight = weight.transpose(1, 2) if product.inputs_first else weight
+    return analysis.contract_stack(analysis.forms[product.data], node, weight, product)
+
+
 def _einsum(analysis: Analysis, node: Node) -> Form:
     equation, operands = node.args[0], node.args[1]
     assert isinstance(equation, str)
     assert isinstance(operands, (list, tuple))
-    if len(operands) != 2 or not isinstance(operands[0], Node) or operands[0] not in analysis.forms:
-        raise NotAffine(node, "einsum whose first operand is not the input")
-    form = analysis.forms[operands[0]]
-    weight = analysis.constant(node, operands[1])
+    varying = [place for place, operand in enumerate(operands) if operand in analysis.forms]
+    if len(varying) != 1:
+        raise NotAffine(node, f"einsum {equation!r} does not read the input once")
+    place = varying[0]
+    source = operands[place]
+    assert isinstance(source, Node)
+    form, ndim = analysis.forms[source], source.meta["val"].ndim
+    product = grouped(node)
+    if product is not None and product.data is source and len(form.features) == 1 and not form.channels_first:
+        return _stacked(analysis, node)
+    others = [operand for operand in operands if operand is not source]
+    constants = [analysis.constant(node, operand) for operand in others]
     left, _, right = equation.replace(" ", "").partition("->")
-    x, _, w = left.partition(",")
-    width = len(form.features)
+    letters = left.split(",")
+    x, width = letters.pop(place), len(form.features)
     row_letters = x[: len(x) - width]
-    if not right.startswith(row_letters) or any(c in w for c in row_letters) or "." in x[len(x) - width :]:
+    if (
+        not row_letters
+        or not right.startswith(row_letters)
+        or set(row_letters) & set("".join(letters))
+        or "." in x[len(x) - width :]
+    ):
         raise NotAffine(node, f"einsum {equation!r} mixes rows")
-    ndim = operands[0].meta["val"].ndim
 
     def run(rows: Tensor) -> Tensor:
         laid = rows.reshape(rows.shape[0], *[1] * (ndim - width - 1), *form.features)
-        return torch.einsum(equation, laid, weight)
+        return torch.einsum(equation, *constants[:place], laid, *constants[place:])
 
     results = [run(analysis.unit(form, term)) for term in form.terms]
     offset = None if form.offset is None else run(form.offset[None])
@@ -138,7 +174,7 @@ def _einsum(analysis: Analysis, node: Node) -> Form:
     some = results[0] if results else offset
     assert some is not None
     features = tuple(some.shape[keep:])
-    reads = analysis.constants.reads(operands[1])
+    reads = frozenset[str]().union(*(analysis.constants.reads(operand) for operand in others))
     terms = tuple(
         Term(t.down, r.reshape(r.shape[0], *features), None, (*t.chain, node), t.reads | reads)
         for t, r in zip(form.terms, results, strict=True)
@@ -253,7 +289,8 @@ def _padded(analysis: Analysis, node: Node) -> Form:
     form = analysis.of(node)
     padding = node.args[1]
     assert isinstance(padding, (list, tuple))
-    if len(padding) > 2 * len(form.features) or form.channels_first or (len(node.args) > 2 and node.args[2]):
+    filling = [value for value in node.args[2:] if value != "constant"]
+    if len(padding) > 2 * len(form.features) or form.channels_first or any(filling):
         raise NotAffine(node, f"{short(node)} pads rows")
     return analysis.map_rows(form, node, lambda rows: aten.constant_pad_nd.default(rows, list(padding)))
 
@@ -307,7 +344,7 @@ def _convolution(analysis: Analysis, node: Node) -> Form:
     shaped = None if bias is None else bias.reshape(-1, *[1] * dims)
     if not form.key:
         key = (node.target, *(tuple(g) if isinstance(g, (list, tuple)) else g for g in geometry))
-        if form.terms != (Term(),):
+        if form.terms != (Term(),) or form.offset is not None:
             raise NotAffine(node, "a convolution of something else than the input")
         term = Term(down=weight, chain=(node,), reads=reads)
         result = Form((term,), (weight.shape[0], *[1] * dims), None, frozenset(), key, channels_first=True)
@@ -332,6 +369,11 @@ def _embedding(analysis: Analysis, node: Node) -> Form:
     table = analysis.constant(node, node.args[0])
     term = Term(down=table.t(), chain=(node,), reads=analysis.constants.reads(node.args[0]))
     return Form((term,), (table.shape[1],), key=("embedding",))
+
+
+def sorts_rows(node: Node) -> bool:
+    """Whether an operation also reads where each expert's rows end, which says nothing about the rows' values."""
+    return str(node.target) in OFFSETS
 
 
 SIZED = {  # operations that also take sizes of the input, which say nothing about its values
@@ -385,7 +427,7 @@ RULES: dict[Any, Callable[[Analysis, Node], Form]] = {
     ),
     **dict.fromkeys((aten.transpose.int, aten.permute.default), _moved),
     aten.slice.Tensor: _sliced,
-    aten.constant_pad_nd.default: _padded,
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _padded),
     aten.cat.default: _joined,
     **dict.fromkeys(ROWLESS, _zeros),
     **dict.fromkeys(CONVOLUTIONS, _convolution),

@@ -13,12 +13,21 @@ from rewriter.errors import RewriteError
 from rewriter.program import Program
 
 aten = torch.ops.aten
-ALIASING = {
+ALIASING = {  # operations whose result may be, or lie in, the memory of their first input
     aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
     aten.slice.Tensor,
     aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    operator.getitem,
     aten.transpose.int,
     aten.t.default,
+    aten.numpy_T.default,
     aten.permute.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
@@ -27,6 +36,11 @@ ALIASING = {
     aten.alias.default,
     aten.detach.default,
     aten.diagonal.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
 }
 CREATION = {
     aten.eye.default,
@@ -36,6 +50,11 @@ CREATION = {
     aten.arange.default,
     aten.arange.start,
     aten.scalar_tensor.default,
+}
+
+WRAPPERS = {  # operations that run a graph under another mode of the framework
+    torch.ops.higher_order.wrap_with_autocast,
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
 }
 
 
@@ -58,6 +77,8 @@ class Constants:
             name = program.parameter_name(node)
             if name is not None:
                 self.leaves[node] = frozenset([name])
+            elif node.op == "get_attr":
+                self.leaves[node] = frozenset()
             elif node.op == "call_function" and self._is_constant(node):
                 self.leaves[node] = frozenset().union(*(self.leaves[source] for source in node.all_input_nodes))
 
@@ -68,6 +89,8 @@ class Constants:
             return node.target in CREATION
         if not all(source in self.leaves for source in node.all_input_nodes):
             return False
+        if any(source.op == "get_attr" for source in node.all_input_nodes):
+            return node.target in WRAPPERS and all(_is_pure(inner) for inner in self._body(node).graph.nodes)
         tags = getattr(node.target, "tags", ())
         return node.target is operator.getitem or torch.Tag.nondeterministic_seeded not in tags
 
@@ -109,12 +132,16 @@ class Constants:
         return self._values[operand]
 
     def _evaluate(self, node: Node) -> Any:
+        if node.op == "get_attr":
+            return None  # read by `_run`
         name = self.program.parameter_name(node)
         if name is not None:
             tensor = self._tensors[name].detach()
             if tensor.device.type == "meta" and self.device.type != "meta":
                 raise RewriteError(f"{name} has no values, only a shape", fix="Load the weights first.")
             return tensor.to(device=self.device, dtype=self.precision if tensor.is_floating_point() else None)
+        if node.target in WRAPPERS:
+            return self._run(node)
         args = torch.fx.node.map_aggregate(node.args, self._prepare)
         kwargs = torch.fx.node.map_aggregate(node.kwargs, self._prepare)
         schema = getattr(node.target, "_schema", None)
@@ -122,12 +149,39 @@ class Constants:
             args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _prepare(self, value: Any) -> Any:
+    def _body(self, node: Node) -> torch.fx.GraphModule:
+        """The graph that an operation wraps."""
+        held = next(source for source in node.all_input_nodes if source.op == "get_attr")
+        body = self.program.exported.graph_module.get_submodule(str(held.target))
+        assert isinstance(body, torch.fx.GraphModule)
+        return body
+
+    def _run(self, node: Node) -> Any:
+        """The results of a wrapped graph."""
+        place = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
+        given = iter(torch.fx.node.map_aggregate(node.args[place + 1 :], self._prepare))  # type: ignore[arg-type]
+        values: dict[Node, Any] = {}
+        for inner in self._body(node).graph.nodes:
+            args = torch.fx.node.map_aggregate(inner.args, lambda value: self._prepare(value, values))
+            kwargs = torch.fx.node.map_aggregate(inner.kwargs, lambda value: self._prepare(value, values))
+            if inner.op == "output":
+                return args[0]
+            values[inner] = next(given) if inner.op == "placeholder" else inner.target(*args, **kwargs)
+        raise AssertionError("a graph without output")
+
+    def _prepare(self, value: Any, values: dict[Node, Any] | None = None) -> Any:
         if isinstance(value, Node):
-            return self._values[value]
+            return (self._values if values is None else values)[value]
         if isinstance(value, torch.dtype) and value.is_floating_point:
             return self.precision
         return self.device if isinstance(value, torch.device) else value
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an operation gives the same for the same and writes nowhere."""
+    schema = getattr(node.target, "_schema", None)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.op in ("placeholder", "output") or not (schema is None or schema.is_mutable or random)
 
 
 def changed_in_place(program: Program) -> set[Node]:
@@ -141,14 +195,12 @@ def changed_in_place(program: Program) -> set[Node]:
         if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
             continue
         value = node.args[0]
+        while value.op == "call_function" and value.target in ALIASING and isinstance(value.args[0], Node):
+            value = value.args[0]
         aliases = [value]
-        while value.op == "call_function" and value.args and value.target in ALIASING:
-            parent = value.args[0]
-            if not isinstance(parent, Node):
-                break
-            value = parent
-            aliases.append(value)
-        family = {user for alias in aliases for user in alias.users}
+        for alias in aliases:  # grows while it is walked
+            aliases += [user for user in alias.users if user.target in ALIASING and user.args[0] is alias]
+        family = {user for alias in aliases for user in alias.users if user.target is not aten.sym_size.int}
         if any(node < user for user in family):
             changed |= {alias for alias in aliases if alias.op == "call_function"}
             changed |= {user for user in family if node < user}

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from rewriter.affine import RULES, Analysis
+from rewriter.affine import Analysis, known
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
 from rewriter.form import Form, NotAffine, matrix, static_size
+from rewriter.grouped import grouped
 from rewriter.module import TRAIN_FLAG
 from rewriter.program import Origin, Program, module_path
 from rewriter.view import CONVOLUTIONS, layers, weight_of
@@ -44,6 +46,21 @@ COMPUTED = {  # operations whose weight may be computed from several parameters
     aten.embedding.default,
     *CONVOLUTIONS,
 }
+
+
+def weight_operand(node: Node) -> Any:
+    """What an operation applies to its data."""
+    product = grouped(node)
+    if product is not None:
+        return product.weight
+    index = WEIGHT_INPUT.get(node.target, 1)  # type: ignore[call-overload]
+    return node.args[index] if index < len(node.args) else None
+
+
+def data_operand(node: Node) -> Any:
+    """What an operation applies its weight to."""
+    product = grouped(node)
+    return node.args[DATA_INPUT.get(node.target, 0)] if product is None else product.data  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +105,7 @@ class _Context:
         self.constants = constants
         self.added = frozenset(name for step in program.steps for name in step.added)
         self.layers = layers(program)
-        self._owners = self._count()
+        self._owners = self._weights()
         self._analyses: dict[tuple[Node, torch.dtype], Analysis] = {}
 
     def analysis(self, root: Node, working: torch.dtype) -> Analysis:
@@ -96,7 +113,7 @@ class _Context:
 
     def is_base(self, node: Node) -> bool:
         """Whether an operation applies a bare parameter that no pass added."""
-        bare = weight_of(self.program, node.args[WEIGHT_INPUT.get(node.target, 1)])  # type: ignore[call-overload]
+        bare = weight_of(self.program, weight_operand(node))
         return bare is not None and bare[0] not in self.added
 
     def wrapper(self, nodes: frozenset[Node] | set[Node]) -> str:
@@ -109,18 +126,36 @@ class _Context:
             common.append(parts[0])
         return ".".join(common)
 
-    def in_one_module(self, nodes: set[Node]) -> bool:
-        """Whether the operations lie in one module that holds no other base weight."""
-        return self._owners.get(self.wrapper(nodes), 0) <= 1
+    def in_one_module(self, nodes: set[Node], reads: frozenset[str]) -> bool:
+        """Whether the operations lie in one module all of whose layers they are: it holds no weight but those read."""
+        return self._owners.get(self.wrapper(nodes), set()) <= reads
 
-    def _count(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
+    def wraps(self, node: Node, base: Node) -> bool:
+        """Whether an operation belongs to the module of the base operation, or to one around it."""
+        path, inner = module_path(node), module_path(base)
+        return path in ("", inner) or inner.startswith(path + ".")
+
+    def updates_input(self, root: Node, base: Node, reads: frozenset[str]) -> bool:
+        """Whether what stands between the root and the base operation is an update: all of it in one wrapper.
+
+        In the module of the whole model, a part beside the layer is the model's own, such as the gain of a norm.
+        """
+        prefix = _between(root, base)
+        wrapper, start = self.wrapper(prefix), module_path(root)
+        if start != wrapper and start.startswith(wrapper):
+            return False  # the root is made by one part of the wrapper, so the part is more than an update
+        reading = [node for node in prefix - {base} if any(n in self.constants for n in node.all_input_nodes)]
+        return self.in_one_module(prefix, reads) and (bool(wrapper) or all(self.wraps(node, base) for node in reading))
+
+    def _weights(self) -> dict[str, set[str]]:
+        """Module path -> the weights of the model that are applied inside it."""
+        found: dict[str, set[str]] = {}
         for layer in self.layers.values():
             if layer.weight not in self.added:
                 path = module_path(layer.calls[0])
                 for prefix in [path, *(path[:i] for i, c in enumerate(path) if c == "."), ""]:
-                    counts[prefix] = counts.get(prefix, 0) + 1
-        return counts
+                    found.setdefault(prefix, set()).add(layer.weight)
+        return found
 
 
 def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[tuple[str, NotAffine]]]:
@@ -150,9 +185,8 @@ def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
     for call in sorted(bare):
         yield call, bare[call].path, bare[call].weight
     for node in context.program.graph.nodes:
-        if node.target in COMPUTED and node not in bare:
-            operand = node.args[WEIGHT_INPUT.get(node.target, 1)]
-            data = node.args[DATA_INPUT.get(node.target, 0)]
+        if node not in bare and (node.target in COMPUTED or grouped(node)):
+            operand, data = weight_operand(node), data_operand(node)
             if isinstance(operand, Node) and operand in constants and data not in constants:
                 home = _home(context.program, constants, operand)
                 if home is not None and constants.reads(operand) - {home}:
@@ -166,7 +200,7 @@ def _home(program: Program, constants: Constants, operand: Node) -> str | None:
     same = [
         name
         for name in sorted(constants.reads(operand) - added)
-        if tuple(program.tensor(name).shape) in (shape, shape[::-1])
+        if tuple(program.tensor(name).shape) in (shape, (*shape[:-2], *shape[:-3:-1]))
         and program.tensor(name).dtype == operand.meta["val"].dtype
     ]
     return same[0] if len(same) == 1 else None
@@ -185,7 +219,7 @@ def _grow(context: _Context, base: Node, path: str, weight: str) -> Fold | None:
         if any(node.target in TRAIN_FLAG for node in prefix):
             break  # a dropout of the model stays where it is
         early = _reads(start) - {weight} - _computed(context, base)
-        if early and not (early <= context.added or context.in_one_module(prefix)):
+        if early and not (early <= context.added or context.updates_input(root, base, _reads(start))):
             break  # what stands before the layer, such as the gain of a norm, is part of the model
         found = _extend(context, analysis, base, path, weight, start, bool(early))
         if found is not None and (best is None or early or best.proven < found.proven):
@@ -211,12 +245,12 @@ def _extend(
             if updated:
                 accepted = (end, form)
             continue
-        own = _reads(form) | before.offset_reads
+        own = _reads(before) | before.offset_reads
         again = any(context.constants.reads(n) & own for n in end.all_input_nodes if n in context.constants)
         if len(form.terms) > len(before.terms) or late or more & context.added or (accepted and again):
             accepted, before = (end, form), form
         elif more:
-            if not context.in_one_module(_between(analysis.root, end)):
+            if not (context.wraps(end, base) and context.in_one_module(_between(analysis.root, end), _reads(form))):
                 break  # a scaling of its own module, such as LayerScale, is part of the model
             accepted, before = (end, form), form
     if accepted is None or entry(base, analysis.root) is None:
@@ -256,22 +290,21 @@ def _reads(form: Form) -> frozenset[str]:
 def _computed(context: _Context, base: Node) -> frozenset[str]:
     """The parameters behind a weight or bias that is computed, such as W + B A, instead of bare."""
     result: frozenset[str] = frozenset()
-    for index in (WEIGHT_INPUT.get(base.target, 1), BIAS_INPUT.get(base.target)):  # type: ignore[call-overload]
-        if index is not None and index < len(base.args):
-            operand = base.args[index]
-            if isinstance(operand, Node) and weight_of(context.program, operand) is None:
-                result |= context.constants.reads(operand)
+    bias = BIAS_INPUT.get(base.target)  # type: ignore[call-overload]
+    for operand in (weight_operand(base), base.args[bias] if bias is not None and bias < len(base.args) else None):
+        if isinstance(operand, Node) and weight_of(context.program, operand) is None:
+            result |= context.constants.reads(operand)
     return result
 
 
 def _roots(constants: Constants, base: Node) -> list[Node]:
     """The operation's input, and the values it is made from by one-input operations, nearest first."""
-    node = base.args[DATA_INPUT.get(base.target, 0)]  # type: ignore[call-overload]
+    node = data_operand(base)
     roots: list[Node] = []
     while isinstance(node, Node):
         roots.append(node)
         varying = [n for n in node.all_input_nodes if n not in constants and n.target is not aten.sym_size.int]
-        if node.op != "call_function" or len(varying) != 1 or node.target not in RULES:
+        if node.op != "call_function" or len(varying) != 1 or not known(node):
             break
         if node.target in COMPUTED and node.target is not aten.matmul.default:
             break
@@ -386,8 +419,7 @@ def entry(base: Node, root: Node) -> tuple[Node, Node] | None:
     The value nearest to the base operation that has the root's own shape and type; what reshapes it after that stays.
     """
     reader: Node = base
-    index = DATA_INPUT.get(base.target, 0)  # type: ignore[call-overload]
-    value = base.args[index]
+    value = data_operand(base)
     while isinstance(value, Node):
         if value is root or (
             value.meta["val"].shape == root.meta["val"].shape and value.meta["val"].dtype == root.meta["val"].dtype
@@ -418,7 +450,7 @@ def _between(root: Node, end: Node) -> set[Node]:
 
 def _complain(constants: Constants, base: Node) -> None:
     """Raise `NotAffine` when a branch from the same input joins the base operation and is not affine in it."""
-    source = base.args[DATA_INPUT.get(base.target, 0)]  # type: ignore[call-overload]
+    source = data_operand(base)
     if not isinstance(source, Node):
         return
     for join in base.users:
@@ -458,7 +490,7 @@ def _breaker(constants: Constants, start: Node, known: list[NotAffine]) -> tuple
         if error.node in reached:
             return error.node, error.reason
     for node in sorted(reached - {start}):
-        if node.target not in RULES and node not in constants:
+        if not known(node) and node not in constants:
             return node, f"{str(node.target).removeprefix('aten.').split('.')[0]} is not affine"
         if node.target is aten.dropout.default and node.args[2]:
             return node, "dropout in training mode is random"

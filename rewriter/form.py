@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from rewriter.constants import Constants
+from rewriter.grouped import Grouped
 
 Tensor = torch.Tensor
 
@@ -35,6 +36,7 @@ class NotAffine(Exception):  # noqa: N818 - a verdict of the proof, not a user's
 class Term:
     """One path from the root: `(x · downᵀ) · rows`.
 
+    In a form of several experts, the `down` and `rows` of all of them lie one after the other in dimension 0.
     `down` None is the identity; `rows` None is the identity over `down`'s outputs, scaled by `diagonal` where given.
     `chain` are the contractions on the path, `reads` the parameters that shaped it.
     """
@@ -51,7 +53,8 @@ class Form:
     """An affine value: its terms, its offset, and the layout of its rows.
 
     `key` is the geometry of the first contraction (all terms share it), `features` the trailing sizes that belong to
-    one row, `channels_first` that the features lie in dimension 1, as in a convolution.
+    one row, `channels_first` that the features lie in dimension 1, as in a convolution. With `experts`, every row has
+    the factors of the expert that `key` assigns it to.
     """
 
     terms: tuple[Term, ...]
@@ -60,6 +63,7 @@ class Form:
     offset_reads: frozenset[str] = frozenset()
     key: tuple[Any, ...] = ()
     channels_first: bool = False
+    experts: int = 0
 
 
 @dataclass(slots=True)
@@ -90,7 +94,8 @@ class Algebra:
         rows = torch.eye(size, dtype=self.constants.precision, device=self.constants.device).reshape(
             size, *form.features
         )
-        return rows if term.diagonal is None else rows * term.diagonal
+        rows = rows if term.diagonal is None else rows * term.diagonal
+        return rows.repeat(form.experts, *[1] * len(form.features)) if form.experts else rows
 
     def map_rows(
         self, form: Form, node: Node, linear: Callable[[Tensor], Tensor], *, reads: frozenset[str] = frozenset()
@@ -126,6 +131,8 @@ class Algebra:
         terms = []
         for term in form.terms:
             down, rows = _contracted(term, weight)
+            if form.experts and term.rows is None and rows is not None:
+                rows = rows.repeat(form.experts, 1)
             terms.append(Term(down, rows, None, (*term.chain, node), term.reads | reads))
         offset = None if form.offset is None else form.offset @ weight.t()
         return replace(
@@ -136,6 +143,51 @@ class Algebra:
             offset_reads=form.offset_reads | reads if offset is not None else form.offset_reads,
             key=form.key or ("linear",),
         )
+
+    def contract_stack(self, form: Form, node: Node, weight: Tensor, product: Grouped) -> Form:
+        """`x -> x · weight[e]ᵀ` for the expert e of each row; weight [experts, o, i]."""
+        experts, _, inputs = weight.shape
+        if form.features != (inputs,) or form.channels_first:
+            raise NotAffine(node, f"{short(node)} contracts something else than a row's features")
+        if form.offset is not None:
+            raise NotAffine(node, f"{short(node)} makes a constant differ from expert to expert")
+        columns = weight.transpose(1, 2)
+        reads = self.constants.reads(product.weight)
+        first = form.terms == (Term(),)
+        spread = self.spread(form if not first else replace(form, terms=()), node, experts, product.key)
+        terms = [Term(weight.flatten(0, 1), None, None, (node,), reads)] if first else []
+        for term in spread.terms:
+            if term.rows is not None:
+                rows = term.rows.reshape(experts, -1, inputs) @ columns
+            else:
+                rows = columns if term.diagonal is None else term.diagonal[:, None] * columns
+            terms.append(Term(term.down, rows.flatten(0, 1), None, (*term.chain, node), term.reads | reads))
+        return replace(spread, terms=tuple(terms), features=(weight.shape[1],))
+
+    def spread(self, form: Form, node: Node, experts: int, key: tuple[Any, ...]) -> Form:
+        """The form with the same factors for every expert."""
+        if form.experts:
+            if form.key != key or form.experts != experts:
+                raise NotAffine(node, f"{short(node)} assigns rows to other experts than the operation before it")
+            return form
+        if form.key not in ((), ("linear",)):
+            raise NotAffine(node, f"{short(node)} adds operations of different geometry ({form.key} and {key})")
+        terms = tuple(
+            replace(
+                term,
+                down=self._down(term).repeat(experts, 1),
+                rows=None if term.rows is None else term.rows.repeat(experts, *[1] * len(form.features)),
+            )
+            for term in form.terms
+        )
+        return replace(form, terms=terms, key=key, experts=experts)
+
+    def _down(self, term: Term) -> Tensor:
+        """The first contraction of a term, written out where it is the identity."""
+        if term.down is not None:
+            return term.down
+        size = static_size(self.root.meta["val"].shape[-1])
+        return torch.eye(size or 0, dtype=self.constants.precision, device=self.constants.device)
 
     def shift(self, form: Form, value: Any, reads: frozenset[str], node: Node) -> Form:
         """Add a constant to every row."""
@@ -172,16 +224,24 @@ class Algebra:
                 value, fits = value[0], all(s == 1 for s in shape[2:])
             if not fits or value.ndim != width:
                 raise NotAffine(node, f"{short(node)} combines with a constant that differs from place to place")
-            return value
+            return self._within(form, value, node)
         lead = value.shape[: max(0, value.ndim - width)]
         if any(size != 1 for size in lead):
             raise NotAffine(node, f"{short(node)} combines with a constant that differs from row to row")
-        return value.reshape(value.shape[len(lead) :])
+        return self._within(form, value.reshape(value.shape[len(lead) :]), node)
+
+    def _within(self, form: Form, value: Tensor, node: Node) -> Tensor:
+        if torch.broadcast_shapes(value.shape, form.features) != torch.Size(form.features):
+            raise NotAffine(node, f"{short(node)} makes rows wider by a constant")
+        return value
 
     def add(self, node: Node, one: Form, two: Form, alpha: float) -> Form:
         two = self.scale(two, alpha, frozenset(), node) if alpha != 1 else two
         if one.features != two.features or one.channels_first != two.channels_first:
             raise NotAffine(node, f"{short(node)} adds rows of different layouts")
+        if one.experts != two.experts:
+            some = one if one.experts else two
+            one, two = (self.spread(form, node, some.experts, some.key) for form in (one, two))
         if one.key and two.key and one.key != two.key:
             raise NotAffine(node, f"{short(node)} adds operations of different geometry ({one.key} and {two.key})")
         offsets = [o for o in (one.offset, two.offset) if o is not None]
@@ -205,7 +265,9 @@ def _contracted(term: Term, weight: Tensor) -> tuple[Tensor | None, Tensor | Non
 
 
 def matrix(form: Form, inputs: int, precision: torch.dtype) -> Tensor:
-    """The one weight of a form, [o, i] for rows of features, [o, i, *kernel] for a convolution."""
+    """The one weight of a form, [o, i] for rows of features, [o, i, *kernel] for a convolution, [experts, o, i]."""
+    if form.experts:
+        return _stack(form)
     total: Tensor | None = None
     size = math.prod(form.features)
     # whole weights first: the low-rank updates are then added to them in one addmm each
@@ -225,6 +287,23 @@ def matrix(form: Form, inputs: int, precision: torch.dtype) -> Tensor:
             total = (left @ down).reshape(size, *term.down.shape[1:])
         else:
             total = torch.addmm(total.flatten(1), left, down).reshape(total.shape)
+    assert total is not None
+    return total
+
+
+def _stack(form: Form) -> Tensor:
+    """The matrices [experts, o, i] of a form of several experts."""
+    size = math.prod(form.features)
+    total: Tensor | None = None
+    for term in sorted(form.terms, key=lambda t: t.rows is not None):
+        assert term.down is not None  # a region has no path without a parameter
+        down = term.down.unflatten(0, (form.experts, -1))
+        if term.rows is None:
+            whole = down if term.diagonal is None else down * term.diagonal.reshape(size, 1)
+            total = whole if total is None else total + whole
+            continue
+        left = term.rows.reshape(form.experts, -1, size).transpose(1, 2)
+        total = left @ down if total is None else torch.baddbmm(total, left, down)
     assert total is not None
     return total
 

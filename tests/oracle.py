@@ -31,6 +31,7 @@ def traced_double(name: str) -> Program:
     return trace(module.double(), args, kwargs)
 
 
+@functools.cache
 def example(name: str, *, double: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs of a model of `TINY`."""
     _, args, kwargs = TINY[name]()

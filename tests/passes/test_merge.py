@@ -172,7 +172,7 @@ def test_slices_of_a_fused_projection(name: str, options: dict[str, Any]) -> Non
         assert torch.allclose(merged.tensor(key), value, rtol=0, atol=1e-12), key
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "opt", "whisper", "vit", "clip", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "vit", "mixtral"])
 def test_all_linear_layers_of_real_architectures(name: str) -> None:
     base = traced(name)
     adapted = trained(rewriter.apply(base, Lora(targets="all-linear", rank=3, alpha=7)).program, size=0.1)
