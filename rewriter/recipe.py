@@ -87,7 +87,8 @@ def _entry(path: Path, number: int, given: Any) -> dict[str, Any]:
         )
     options = given.get("options") or {}
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise UsageError(f"{path}: the options of {given['pass']} are not named", evidence=[f"expected {_FORM}"])
+        what = f"{path}: the options of {given['pass']} are not named"
+        raise UsageError(what, evidence=[f"expected {_FORM}"], fix="Correct it there.")
     return {"pass": given["pass"], "options": options}
 
 

@@ -20,6 +20,7 @@ from rewriter.cli.output import close_quietly, note, safe_streams
 from rewriter.errors import RewriteError, RewriteWarning
 
 VERBS = ("trace", "passes", "inspect", "apply", "merge", "undo", "extract", "diff", "verify", "export")
+OURS = ("rewriter", "passes", "runtime")
 INTERRUPTED = 130
 TERMINATED = 128 + signal.SIGTERM
 
@@ -89,6 +90,9 @@ def _report(error: Exception, state: State) -> int:
         if ctx is not None:
             note(f"`{ctx.command_path} --help` tells what it takes.")
         return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in OURS:
+        note(f"error: {error.name} is not installed", "Install what rewriter needs: pip install 'rewriter[cpu]'")
+        return 1
     first = str(error).strip().partition("\n")[0]
     note(f"error: unexpected {type(error).__name__}{': ' * bool(first)}{first}")
     if not state.verbose:

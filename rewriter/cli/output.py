@@ -93,13 +93,12 @@ def _write(stream: TextIO, line: str) -> None:
 
 
 def _safe(line: str) -> str:
-    """A line without characters that a terminal would obey; spaces of every kind stay."""
+    """A line without characters that a terminal would obey."""
     if line.isprintable():
         return line
-    return "".join(
-        c if c.isprintable() or c in "\t\u2003" else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in line
-    )
+    from rewriter.text import printable
+
+    return printable(line)
 
 
 def _finite(value: Any) -> Any:

@@ -77,6 +77,8 @@ def _split(args: list[str], own: Collection[str]) -> tuple[list[str], list[Chose
             mine += [name] if known else [name, value if equals else _value(name, tokens)]
         elif chosen and name.startswith("--") and name not in own:
             raise _unknown(name, chosen[-1], own)
+        elif not chosen and name.startswith("--") and name not in own and "--pass" in args:
+            raise UsageError(f"{name} stands before every --pass", fix="The options of a pass follow its --pass.")
         else:
             rest.append(token)
     return rest, chosen
