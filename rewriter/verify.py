@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,14 @@ def compare(before: Program, after: Program, *, seed: int = 0) -> tuple[float, f
 
     args, kwargs = random_inputs(before, seed=seed)
     one, two = outputs(before(*args, **kwargs)), outputs(after(*args, **kwargs))
-    if [t.shape for t in one] != [t.shape for t in two]:
+    if [(t.shape, t.dtype) for t in one] != [(t.shape, t.dtype) for t in two]:
         raise LawError(
-            "the outputs changed their shapes",
-            evidence=[f"{tuple(a.shape)} -> {tuple(b.shape)}" for a, b in zip(one, two, strict=False)],
+            "the outputs changed their shapes or types",
+            evidence=[f"{_type(a)} -> {_type(b)}" for a, b in zip(one, two, strict=False) if _type(a) != _type(b)],
         )
     absolute = max((_distance(a, b) for a, b in zip(one, two, strict=True)), default=0.0)
     relative = max((_distance(a, b) / (_size(a) or 1.0) for a, b in zip(one, two, strict=True)), default=0.0)
-    return absolute, relative, all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), one
+    return absolute, relative, all(bool(_same(a, b).all()) for a, b in zip(one, two, strict=True)), one
 
 
 def law(before: Program, after: Program, law: Law, name: str) -> Change | None:
@@ -112,7 +113,7 @@ def law(before: Program, after: Program, law: Law, name: str) -> Change | None:
             evidence=[f"law: {law}", f"largest absolute change: {absolute:.3g}"],
             fix="The result was not kept. Check the weights for non-finite or huge values, or report this pass.",
         )
-    if absolute != absolute:
+    if not math.isfinite(absolute):
         raise LawError(f"{name} made outputs non-finite", fix="Look for NaN or infinity in the weights.")
     return change
 
@@ -122,11 +123,24 @@ def outputs(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two outputs agree; a NaN that stays a NaN and an infinity that stays are no change."""
+    return (a == b) | ((a != a) & (b != b))
+
+
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    if not a.numel():
-        return 0.0
-    return float((a.double() - b.double()).abs().max())
+    moved = ~_same(a, b)
+    return float((_wide(a[moved]) - _wide(b[moved])).abs().max()) if bool(moved.any()) else 0.0
 
 
 def _size(a: torch.Tensor) -> float:
-    return float(a.double().abs().max()) if a.numel() else 0.0
+    finite = _wide(a[torch.isfinite(a)])
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _wide(a: torch.Tensor) -> torch.Tensor:
+    return a.to(torch.complex128 if a.is_complex() else torch.float64)
+
+
+def _type(a: torch.Tensor) -> str:
+    return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
