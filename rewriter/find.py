@@ -230,6 +230,12 @@ def _unmatched(
             fix="Name another layer, or use a pass that supports this one.",
         )
     known = modules(program)
+    layer = next((path for path in found if path.endswith("." + target)), None)
+    if layer is not None:  # only a pattern misses a layer that ends with it
+        return UsageError(
+            f"the pattern {target!r} matches no layer: it is held against the whole path, such as {layer}",
+            fix=f"Give a sequence of names, or the pattern '.*{target}'.",
+        )
     named = [path for path in known if path == target or path.endswith("." + target)]
     if named and not target.startswith("@"):
         inside = [path for path in found if path.startswith(named[0] + ".")]
