@@ -7,11 +7,13 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch.fx import Node
 
+from passes.lora_experts import check_experts, experts_update
 from passes.lora_init import INITS, REPLACES_WEIGHT, initial
 from passes.saved_modules import untie
 from rewriter.edit import Edit
@@ -19,22 +21,23 @@ from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Sites, Targets, full_match, fused_parts, select
 from rewriter.program import Program
 from rewriter.transform import EXACT, FREE, ROUNDING, Law
-from rewriter.view import Conv, Embedding, Linear, Site, top
+from rewriter.view import Conv, Embedding, Experts, Linear, Site, scope, top
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Add a trainable low-rank update beside linear, convolution and embedding layers.
+    """Add a trainable low-rank update beside linear, convolution and embedding layers and stacks of experts.
 
         y = x Wᵀ + b      ->      y = x Wᵀ + b + scale · (dropout(x) Aᵀ) Bᵀ
 
     Shapes: W [o, i], A [rank, i], B [o, rank]; scale = alpha / rank, or alpha / √rank with `rslora`. With `dora`, the
     sum is scaled per output to a trained magnitude m [o]: y = m / ‖W + scale · B A‖ · (x Wᵀ + scale · x Aᵀ Bᵀ) + b.
     By default A is Kaiming-uniform and B is zero: nothing changes until B is trained.
-    Convolutions get A with the layer's kernel and B 1x1; embeddings A [rank, rows] and B [width, rank]. `enable` puts
-    one update on each named slice of a fused query-key-value projection.
+    Convolutions get A with the layer's kernel and B 1x1; embeddings A [rank, rows] and B [width, rank]; the experts of
+    a 3-D weight one update each, A [experts, rank, i] and B [experts, o, rank]. `enable` puts one update on each named
+    slice of a fused query-key-value projection.
 
     Raises `UsageError` when a target matches nothing or an option cannot be meant.
     Source: Hu et al. 2021, arXiv 2106.09685, eq. 3; rsLoRA arXiv 2312.03732; DoRA arXiv 2402.09353; PiSSA arXiv
@@ -83,7 +86,7 @@ class Lora:
         sites = select(
             program,
             self.targets,
-            kinds=(Linear, Conv, Embedding),
+            kinds=(Linear, Conv, Embedding, Experts),
             exclude=self.exclude,
             layers_to_transform=self.layers,
             layers_pattern=self.layers_pattern,
@@ -104,6 +107,8 @@ class Lora:
                     fix="Patterns are matched against the end of a layer's path.",
                 )
         for site in found:
+            if isinstance(site, Experts):
+                check_experts(self, site)
             limit = min(site.in_features, site.out_features)
             if self.rank_of(site) > limit:
                 warnings.warn(f"{site.path}: rank {self.rank_of(site)} exceeds {limit}", RewriteWarning, stacklevel=2)
@@ -160,6 +165,7 @@ class _Branch:
     def __init__(self, lora: Lora, site: Site, edit: Edit) -> None:
         self.lora, self.site, self.edit = lora, site, edit
         self.scale = lora.scale_of(site)
+        self.scope = scope(edit.program, site.path)
         self.weight = edit.program.placeholder(site.weight)
         start = initial(lora, site, edit.program.tensor(site.weight), lora.rank_of(site), self.scale)
         if start.weight is not None:
@@ -181,7 +187,7 @@ class _Branch:
 
     def _name(self, kind: str) -> str:
         part = self.site.part if isinstance(self.site, Linear) else None
-        return ".".join([self.site.path, kind, self.lora.adapter, *([part.name] if part else [])])
+        return ".".join([self.scope, kind, self.lora.adapter, *([part.name] if part else [])])
 
     def _call(self, call: Node, label: str, operation: Any, *args: Any) -> Node:
         suffix = "" if self.lora.adapter == "default" else f"_{self.lora.adapter}"
@@ -199,6 +205,8 @@ class _Branch:
             table = self._call(call, "table", aten.t.default, self.a)
             low = self._call(call, "down", aten.embedding.default, table, x, *call.args[2:])
             high = self._call(call, "up", aten.linear.default, low, self.b)
+        elif isinstance(self.site, Experts):
+            high = experts_update(partial(self._call, call), call, x, self.a, self.b)
         else:
             geometry = list(call.args[3:6])
             low = self._call(call, "down", call.target, x, self.a, None, *geometry)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewriter.errors import UsageError
-from rewriter.view import Conv, Embedding, Linear, Site
+from rewriter.view import Conv, Embedding, Experts, Linear, Site
 
 if TYPE_CHECKING:
     from passes.lora import Lora
@@ -43,7 +43,8 @@ def initial(lora: Lora, site: Site, weight: torch.Tensor, rank: int, scale: floa
     if isinstance(site, Embedding) and lora.init != "both":  # as PEFT: an embedding's A is zero and its B is normal
         return Start(a.zero_(), b.normal_(generator=generator))
     if lora.init == "kaiming":
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        matrices = a.flatten(0, 1) if isinstance(site, Experts) else a  # the fan of one expert, not of the stack
+        torch.nn.init.kaiming_uniform_(matrices, a=math.sqrt(5), generator=generator)
     else:
         a.normal_(0.0, lora.sigma if lora.init == "both" else 1 / rank, generator=generator)
     b = b.normal_(0.0, lora.sigma, generator=generator) if lora.init == "both" else b.zero_()
@@ -63,6 +64,9 @@ def _empty(site: Site, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
             weight.new_empty(rank, site.in_features, *kernel),
             weight.new_empty(site.out_features, rank // site.groups, *ones),
         )
+    if isinstance(site, Experts):
+        stack = site.experts
+        return weight.new_empty(stack, rank, site.in_features), weight.new_empty(stack, site.out_features, rank)
     out = site.out_features
     if isinstance(site, Linear) and site.part is not None:
         out = site.part.stop - site.part.start

@@ -11,7 +11,7 @@ from torch.fx import Node
 from rewriter.errors import RewriteError
 from rewriter.formats.peft import ENDINGS, PAIRS
 from rewriter.program import Origin, Program, Step
-from rewriter.view import Embedding, Linear, Site, layers
+from rewriter.view import Embedding, Linear, Site, layers, scope
 
 
 @dataclass(slots=True)
@@ -45,7 +45,12 @@ def branches(program: Program, steps: list[Step], adapter: str) -> list[Branch]:
     result = []
     for path, parts in found.items():
         embeds = any("lora_embedding_A" in names for names in parts.values())
-        site = next(s for s in sites if s.path == path and isinstance(s, Embedding) is embeds)
+        site = next(s for s in sites if scope(program, s.path) == path and isinstance(s, Embedding) is embeds)
+        if site.path != path:
+            raise RewriteError(
+                f"{site.path} is a parameter without a module, and a PEFT directory has LoRAs of modules only",
+                fix="Export the whole model, merged.",
+            )
         read = [_read(program, site, names) for names in parts.values()]
         result.append(read[0] if "" in parts else _stacked(site, read))
     return result

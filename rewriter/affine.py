@@ -61,7 +61,7 @@ class Analysis(Algebra):
         raise NotAffine(node, f"{short(node)} is not affine")
 
 
-def known(node: Node) -> bool:
+def has_rule(node: Node) -> bool:
     """Whether there is a rule for an operation."""
     return node.target in RULES or sorts_rows(node)
 

@@ -159,7 +159,7 @@ class Constants:
     def _run(self, node: Node) -> Any:
         """The results of a wrapped graph."""
         place = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
-        given = iter(torch.fx.node.map_aggregate(node.args[place + 1 :], self._prepare))  # type: ignore[arg-type]
+        given = iter(torch.fx.node.map_aggregate(node.args[place + 1 :], self._prepare))
         values: dict[Node, Any] = {}
         for inner in self._body(node).graph.nodes:
             args = torch.fx.node.map_aggregate(inner.args, lambda value: self._prepare(value, values))

@@ -169,6 +169,8 @@ class Edit:
             if node.op == "placeholder":
                 continue
             self.program.graph.erase_node(node)
+            if node.op == "get_attr" and not any(n.target == node.target for n in self.program.graph.nodes):
+                self.program.exported.graph_module.delete_submodule(str(node.target))
             todo = sorted({*todo, *(source for source in sources if not source.users)}, reverse=True)
         names = {name for node in orphans if node.op == "placeholder" and (name := self.program.parameter_name(node))}
         remove_tensors(self.program, names)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewriter.affine import Analysis, known
+from rewriter.affine import Analysis, has_rule
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
 from rewriter.form import Form, NotAffine, matrix, static_size
@@ -264,7 +264,8 @@ def _extend(
     bias, source = _bias(context, base), analysis.root
     if not any(Origin.of(node) for node in nodes):  # our own branches leave no casts, so any cast is the model's
         end = _absorb_casts(end, context.wrapper(nodes))
-        source = _before_casts(source, context.wrapper(nodes))
+        if context.wrapper(nodes) != module_path(base):  # in its own module, a cast is the layer's
+            source = _before_casts(source, context.wrapper(nodes))
     return Fold(
         path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants
     )
@@ -304,7 +305,7 @@ def _roots(constants: Constants, base: Node) -> list[Node]:
     while isinstance(node, Node):
         roots.append(node)
         varying = [n for n in node.all_input_nodes if n not in constants and n.target is not aten.sym_size.int]
-        if node.op != "call_function" or len(varying) != 1 or not known(node):
+        if node.op != "call_function" or len(varying) != 1 or not has_rule(node):
             break
         if node.target in COMPUTED and node.target is not aten.matmul.default:
             break
@@ -490,7 +491,7 @@ def _breaker(constants: Constants, start: Node, known: list[NotAffine]) -> tuple
         if error.node in reached:
             return error.node, error.reason
     for node in sorted(reached - {start}):
-        if not known(node) and node not in constants:
+        if not has_rule(node) and node not in constants:
             return node, f"{str(node.target).removeprefix('aten.').split('.')[0]} is not affine"
         if node.target is aten.dropout.default and node.args[2]:
             return node, "dropout in training mode is random"

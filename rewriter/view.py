@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from rewriter.grouped import grouped
 from rewriter.program import Origin, Program, module_path
 
 aten = torch.ops.aten
@@ -88,7 +89,20 @@ class Embedding(Layer):
         return node
 
 
-Site = Linear | Conv | Embedding
+@dataclass(frozen=True, slots=True)
+class Experts(Layer):
+    """`y_s = x_s W_eᵀ` for every row s of expert e; weight [experts, o, i], or [experts, i, o] when `transposed`."""
+
+    experts: int = 1
+    transposed: bool = False
+
+    def input(self, call: Node) -> Node:
+        product = grouped(call)
+        assert product is not None
+        return product.data
+
+
+Site = Linear | Conv | Embedding | Experts
 S = TypeVar("S", bound=Layer)
 
 
@@ -102,21 +116,36 @@ def top(node: Node) -> Node:
 
 
 def weight_of(program: Program, node: object) -> tuple[str, bool] | None:
-    """The parameter behind a value and whether it arrives transposed; None when the value is not a bare parameter."""
+    """The parameter behind a value and whether it arrives transposed; None when the value is not a bare parameter.
+
+    A stack of matrices is transposed when each of them is.
+    """
     transposed = False
     while isinstance(node, Node):
         name = program.parameter_name(node)
         if name is not None:
             return name, transposed
-        if node.target in TRANSPOSES or (
-            node.target in (aten.transpose.int, aten.permute.default) and node.meta["val"].ndim == 2
-        ):
-            swapped = node.target is not aten.permute.default or list(node.args[1]) != [0, 1]  # type: ignore[arg-type]
-            transposed ^= swapped
+        if swaps(node):
+            transposed = not transposed
         elif node.target not in NO_CHANGE:
             return None
         node = node.args[0]
     return None
+
+
+def swaps(node: Node) -> bool:
+    """Whether an operation transposes a matrix, or each of a stack of matrices."""
+    ndim = node.meta["val"].ndim if "val" in node.meta and hasattr(node.meta["val"], "ndim") else 0
+    if node.target in TRANSPOSES:
+        return ndim == 2
+    if node.target is aten.mT.default:
+        return ndim in (2, 3)
+    if node.target is aten.transpose.int:
+        return ndim in (2, 3) and {int(d) % ndim for d in node.args[1:3]} == {ndim - 2, ndim - 1}  # type: ignore[arg-type]
+    if node.target is aten.permute.default:
+        order = [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return order in ([1, 0], [0, 2, 1])
+    return False
 
 
 def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | None, bool] | None:
@@ -133,7 +162,6 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
         found = weight_of(program, args[1])
         if found and node.args[1].meta["val"].ndim == 2 and weight_of(program, args[0]) is None:  # type: ignore[union-attr]
             return Linear, found[0], None, not found[1]
-        return None
     if target in CONVOLUTIONS:
         found = weight_of(program, args[1])
         bias = weight_of(program, args[2]) if len(args) > 2 else None
@@ -141,6 +169,10 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
     if target is aten.embedding.default:
         found = weight_of(program, args[0])
         return (Embedding, found[0], None, False) if found and not found[1] else None
+    product = grouped(node)
+    if product is not None and weight_of(program, product.data) is None:
+        found = weight_of(program, product.weight)
+        return found and (Experts, found[0], None, found[1] != product.inputs_first)
     return None
 
 
@@ -199,6 +231,9 @@ def _make(
     if kind is Linear:
         o, i = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         return Linear(**common, in_features=i, out_features=o, transposed=transposed)  # type: ignore[arg-type]
+    if kind is Experts:
+        o, i = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        return Experts(**common, in_features=i, out_features=o, experts=shape[0], transposed=transposed)  # type: ignore[arg-type]
     if kind is Conv:
         groups = node.args[6] if len(node.args) > 6 else 1
         assert isinstance(groups, int)
@@ -214,6 +249,11 @@ def _owner(weight: str, names: tuple[str, ...], called: str) -> str:
 
 def _alias(path: str, weight: str, names: tuple[str, ...]) -> str:
     return next((name for name in names if name.removesuffix(".weight") == path), weight)
+
+
+def scope(program: Program, path: str) -> str:
+    """Where a pass puts the parameters of a layer: in its module, or beside a weight that has no module of its own."""
+    return f"{path}_adapter" if path in program.tensors else path
 
 
 def modules(program: Program) -> dict[str, str]:
@@ -475,12 +515,12 @@ def _between(skip: Node, end: Node) -> frozenset[Node]:
     return frozenset(inside)
 
 
-def mlp_layers(program: Program, found: dict[str, Site] | None = None) -> Iterator[Linear]:
-    """The linear layers inside residual branches that hold no attention."""
+def mlp_layers(program: Program, found: dict[str, Site] | None = None) -> Iterator[Linear | Experts]:
+    """The linear layers, experts included, inside residual branches that hold no attention."""
     found = layers(program) if found is None else found
     inside = {node for residual in residuals(program) if not residual.has_attention for node in residual.branch}
     for site in found.values():
-        if isinstance(site, Linear) and any(call in inside for call in site.calls):
+        if isinstance(site, Linear | Experts) and any(call in inside for call in site.calls):
             yield site
 
 
