@@ -167,6 +167,7 @@ class _Branch:
         self.scale = lora.scale_of(site)
         self.scope = scope(edit.program, site.path)
         self.weight = edit.program.placeholder(site.weight)
+        _refuse_combination(lora, site)
         start = initial(lora, site, edit.program.tensor(site.weight), lora.rank_of(site), self.scale)
         if start.weight is not None:
             _refuse_tied(site, lora.init)
@@ -176,8 +177,6 @@ class _Branch:
         self.b = edit.parameter(self._name(f"{kind}B"), start.b)
         self.bias = None
         if lora.lora_bias:
-            if isinstance(site, Embedding):
-                raise UsageError(f"lora_bias on the embedding {site.path}", fix="An embedding has no bias.")
             self.bias = edit.parameter(self._name("lora_B_bias"), start.b.new_zeros(start.b.shape[0]))
         if lora.dora:
             norm = _norm(
@@ -226,8 +225,6 @@ class _Branch:
     def magnitude(self, call: Node, base: Node, update: Node) -> Node:
         """DoRA: y + (f - 1)(y - b) + f · update with f = m / ‖W + scale · B A‖, whose norm gets no gradient."""
         site = self.site
-        if isinstance(site, Linear) and site.part is not None:
-            raise UsageError(f"{site.path}: DoRA on a slice of a fused projection", fix="Use LoRA, or the whole layer.")
         delta = self._product(call)
         weight = self._call(call, "weight", aten.add.Tensor, self.weight, delta)
         dims = _norm_dims(site, weight.meta["val"].ndim)
@@ -253,8 +250,6 @@ class _Branch:
         """`scale · B A`, laid out as the weight is stored."""
         a, b, site = self.a, self.b, self.site
         if isinstance(site, Conv):
-            if site.groups > 1:
-                raise UsageError(f"{site.path}: DoRA on a grouped convolution", fix="Use LoRA on this layer.")
             rank = self.a.meta["val"].shape[0]
             flat_a = self._call(call, "A_flat", aten.view.default, a, [rank, -1])
             flat_b = self._call(call, "B_flat", aten.view.default, b, [-1, rank])
@@ -307,6 +302,15 @@ def _is_saved(path: str, names: Sequence[str]) -> bool:
     return any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", path) for name in names)
 
 
+def _refuse_combination(lora: Lora, site: Site) -> None:
+    if lora.lora_bias and isinstance(site, Embedding):
+        raise UsageError(f"lora_bias on the embedding {site.path}", fix="An embedding has no bias.")
+    if lora.dora and isinstance(site, Linear) and site.part is not None:
+        raise UsageError(f"{site.path}: DoRA on a slice of a fused projection", fix="Use LoRA, or the whole layer.")
+    if lora.dora and isinstance(site, Conv) and site.groups > 1:
+        raise UsageError(f"{site.path}: DoRA on a grouped convolution", fix="Use LoRA on this layer.")
+
+
 def _refuse_tied(site: Site, init: str) -> None:
     if site.tied:
         raise UsageError(
@@ -325,15 +329,21 @@ def _check_options(lora: Lora) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1_000_000:
             raise UsageError(f"{name} is {rank!r}", fix="A rank is a whole number of at least 1.")
     for name, alpha in alphas:
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        if not _is_number(alpha):
             raise UsageError(f"{name} is {alpha!r}", fix="alpha is a finite number.")
         if alpha == 0:
             warnings.warn(f"{name} is 0: the adapter has no effect", RewriteWarning, stacklevel=3)
-    if not 0 <= lora.dropout < 1:
+    if not _is_number(lora.dropout) or not 0 <= lora.dropout < 1:
         raise UsageError(f"dropout is {lora.dropout!r}", fix="A probability of at least 0 and below 1.")
+    if not _is_number(lora.sigma) or lora.sigma < 0:
+        raise UsageError(f"sigma is {lora.sigma!r}", fix="A standard deviation of at least 0.")
     if lora.init not in INITS:
         raise UsageError(f"init is {lora.init!r}", fix=f"One of {', '.join(INITS)}.")
     if lora.bias not in ("none", "all", "lora_only"):
         raise UsageError(f"bias is {lora.bias!r}", fix="One of none, all, lora_only.")
     if not lora.adapter or "." in lora.adapter:
         raise UsageError(f"adapter is {lora.adapter!r}", fix="A name without dots.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
