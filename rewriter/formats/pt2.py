@@ -209,7 +209,7 @@ def _hollow(home: dict[str, Any]) -> None:
     numbers: dict[torch.dtype, torch.Tensor] = {}
     for name, tensor in home.items():
         if isinstance(tensor, torch.Tensor):
-            number = numbers.setdefault(tensor.dtype, torch.zeros(1, dtype=tensor.dtype))
+            number = numbers.setdefault(tensor.dtype, torch.zeros((), dtype=tensor.dtype))
             hollow = number.expand(tensor.shape)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             home[name] = torch.nn.Parameter(hollow, requires_grad=False) if is_parameter else hollow
