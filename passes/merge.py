@@ -13,9 +13,10 @@ from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
 from rewriter.find import Miss, Sites
-from rewriter.fold import BIAS_INPUT, Fold, bias_beside, entry, folds, leftover, refuse, weight_operand
+from rewriter.fold import folds, leftover, refuse
 from rewriter.grouped import grouped
 from rewriter.program import Program
+from rewriter.region import BIAS_INPUT, Fold, bias_beside, entry, weight_operand
 from rewriter.transform import ROUNDING, Law
 from rewriter.view import CONVOLUTIONS, swaps, weight_of
 

@@ -9,19 +9,10 @@ from typing import Generic, TypeVar
 
 import regex
 
+from rewriter.attention import Attention, attentions, is_output_head, mlp_layers
 from rewriter.errors import UsageError, closest
 from rewriter.program import Program
-from rewriter.view import (
-    Attention,
-    Layer,
-    Linear,
-    Site,
-    attentions,
-    is_output_head,
-    layers,
-    mlp_layers,
-    modules,
-)
+from rewriter.view import Layer, Linear, Site, layers, modules
 
 V = TypeVar("V")
 Targets = str | Sequence[str]

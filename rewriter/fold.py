@@ -1,4 +1,4 @@
-"""Finds the maximal affine regions around base weights and folds each into its base operation.
+"""Finds the maximal affine regions around base weights, which a merge folds each into its base operation.
 
 A region starts at one value x, holds exactly one *base* contraction (the one path from x to the region's end that is a
 single contraction with a bare parameter), and ends where every use of it passes through one node. What else it holds -
@@ -9,8 +9,6 @@ the base operation alone remains. Residual additions stay: a path without a para
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -18,83 +16,28 @@ from torch.fx import Node
 from rewriter.affine import Analysis, has_rule
 from rewriter.constants import Constants
 from rewriter.errors import RewriteError
-from rewriter.form import Form, NotAffine, matrix, static_size
+from rewriter.form import Form, NotAffine
 from rewriter.grouped import grouped
 from rewriter.module import TRAIN_FLAG
 from rewriter.program import Origin, Program, module_path
-from rewriter.view import CONVOLUTIONS, layers, weight_of
+from rewriter.region import (
+    BIAS_INPUT,
+    COMPUTED,
+    Fold,
+    after_casts,
+    before_casts,
+    between,
+    data_operand,
+    entry,
+    home,
+    kept_after,
+    own_bias,
+    readers,
+    weight_operand,
+)
+from rewriter.view import layers, weight_of
 
 aten = torch.ops.aten
-WEIGHT_INPUT = {aten.addmm.default: 2, aten.embedding.default: 0}
-DATA_INPUT = {aten.addmm.default: 1, aten.embedding.default: 1}
-BIAS_INPUT = {aten.linear.default: 2, aten.addmm.default: 0, **dict.fromkeys(CONVOLUTIONS, 2)}
-RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.contiguous.default,
-}
-COMPUTED = {  # operations whose weight may be computed from several parameters
-    aten.linear.default,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.matmul.default,
-    aten.embedding.default,
-    *CONVOLUTIONS,
-}
-
-
-def weight_operand(node: Node) -> Any:
-    """What an operation applies to its data."""
-    product = grouped(node)
-    if product is not None:
-        return product.weight
-    index = WEIGHT_INPUT.get(node.target, 1)  # type: ignore[call-overload]
-    return node.args[index] if index < len(node.args) else None
-
-
-def data_operand(node: Node) -> Any:
-    """What an operation applies its weight to."""
-    product = grouped(node)
-    return node.args[DATA_INPUT.get(node.target, 0)] if product is None else product.data  # type: ignore[call-overload]
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """One region: from `root` to `end`, around the operation `base` that applies `weight`.
-
-    `kept` is the base operation followed by what only reshapes it or adds a bare bias: it takes the place of `end`.
-    `proven` is the last node of the region; `end` may be a cast after it that changes nothing, and `source` is the
-    root or what it is cast from without a change.
-    """
-
-    path: str
-    weight: str
-    bias: str | None
-    base: Node
-    root: Node
-    source: Node
-    end: Node
-    kept: Node
-    proven: Node
-    nodes: frozenset[Node]
-    reads: frozenset[str]  # every parameter the region reads
-    constants: Constants
-
-    def values(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(weight [o, i] of the whole region, offset of the region, offset of `kept`), computed now."""
-        analysis = Analysis(self.constants.with_values(), self.root, self.base.meta["val"].dtype)
-        form, kept = analysis.form(self.proven), analysis.form(self.kept)
-        inputs = static_size(self.root.meta["val"].shape[-1]) or 0
-        return matrix(form, inputs, self.constants.precision), _flat(form.offset), _flat(kept.offset)
-
-
-def _flat(offset: torch.Tensor | None) -> torch.Tensor | None:
-    return None if offset is None else offset.reshape(-1)
 
 
 class _Context:
@@ -140,7 +83,7 @@ class _Context:
 
         In the module of the whole model, a part beside the layer is the model's own, such as the gain of a norm.
         """
-        prefix = _between(root, base)
+        prefix = between(root, base)
         wrapper, start = self.wrapper(prefix), module_path(root)
         if start != wrapper and start.startswith(wrapper):
             return False  # the root is made by one part of the wrapper, so the part is more than an update
@@ -188,22 +131,9 @@ def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
         if node not in bare and (node.target in COMPUTED or grouped(node)):
             operand, data = weight_operand(node), data_operand(node)
             if isinstance(operand, Node) and operand in constants and data not in constants:
-                home = _home(context.program, constants, operand)
-                if home is not None and constants.reads(operand) - {home}:
-                    yield node, home.removesuffix(".weight"), home
-
-
-def _home(program: Program, constants: Constants, operand: Node) -> str | None:
-    """The one parameter of a computed weight's shape: the place for the folded weight."""
-    shape = tuple(operand.meta["val"].shape)
-    added = {name for step in program.steps for name in step.added}
-    same = [
-        name
-        for name in sorted(constants.reads(operand) - added)
-        if tuple(program.tensor(name).shape) in (shape, (*shape[:-2], *shape[:-3:-1]))
-        and program.tensor(name).dtype == operand.meta["val"].dtype
-    ]
-    return same[0] if len(same) == 1 else None
+                place = home(context.program, constants, operand)
+                if place is not None and constants.reads(operand) - {place}:
+                    yield node, place.removesuffix(".weight"), place
 
 
 def _grow(context: _Context, base: Node, path: str, weight: str) -> Fold | None:
@@ -215,7 +145,7 @@ def _grow(context: _Context, base: Node, path: str, weight: str) -> Fold | None:
             start = analysis.form(base)
         except NotAffine:
             continue  # a value between two reshapes has no rows of its own; the ones before it may
-        prefix = _between(root, base)
+        prefix = between(root, base)
         if any(node.target in TRAIN_FLAG for node in prefix):
             break  # a dropout of the model stays where it is
         early = _reads(start) - {weight} - _computed(context, base)
@@ -250,22 +180,22 @@ def _extend(
         if len(form.terms) > len(before.terms) or late or more & context.added or (accepted and again):
             accepted, before = (end, form), form
         elif more:
-            if not (context.wraps(end, base) and context.in_one_module(_between(analysis.root, end), _reads(form))):
+            if not (context.wraps(end, base) and context.in_one_module(between(analysis.root, end), _reads(form))):
                 break  # a scaling of its own module, such as LayerScale, is part of the model
             accepted, before = (end, form), form
     if accepted is None or entry(base, analysis.root) is None:
         return None
     end, form = accepted
-    kept = _kept(context, base, end)
+    kept = kept_after(context.constants, context.added, base, end)
     if kept.meta["val"].shape != end.meta["val"].shape:
         return None
-    nodes = frozenset(_between(analysis.root, end))
+    nodes = frozenset(between(analysis.root, end))
     reads = _reads(form) | form.offset_reads
-    bias, source = _bias(context, base), analysis.root
+    bias, source = own_bias(context.program, context.constants, base), analysis.root
     if not any(Origin.of(node) for node in nodes):  # our own branches leave no casts, so any cast is the model's
-        end = _absorb_casts(end, context.wrapper(nodes))
+        end = after_casts(end, context.wrapper(nodes))
         if context.wrapper(nodes) != module_path(base):  # in its own module, a cast is the layer's
-            source = _before_casts(source, context.wrapper(nodes))
+            source = before_casts(source, context.wrapper(nodes))
     return Fold(
         path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants
     )
@@ -333,120 +263,9 @@ def _cuts(analysis: Analysis, base: Node) -> Iterator[tuple[Node, Form]]:
     open_: set[Node] = {base}
     for node in sorted(affine - {base}):
         open_.add(node)
-        open_ = {n for n in open_ if n is node or any(user not in affine or node < user for user in _readers(n))}
+        open_ = {n for n in open_ if n is node or any(user not in affine or node < user for user in readers(n))}
         if open_ == {node}:
             yield node, analysis.form(node)
-
-
-def _readers(node: Node) -> list[Node]:
-    """The users that read a value: not those that only ask for its size."""
-    return [user for user in node.users if user.target is not aten.sym_size.int]
-
-
-def _bias(context: _Context, base: Node) -> str | None:
-    """The parameter that holds the base operation's own bias."""
-    index = BIAS_INPUT.get(base.target)  # type: ignore[call-overload]
-    if index is None or index >= len(base.args) or not isinstance(base.args[index], Node):
-        return None
-    operand = base.args[index]
-    found = weight_of(context.program, operand)
-    return found[0] if found else _home(context.program, context.constants, operand)
-
-
-def _kept(context: _Context, base: Node, end: Node) -> Node:
-    """The base operation and what only reshapes it, or adds a bare bias to it, on the way to the region's end."""
-    node = base
-    while node is not end:
-        following = [user for user in _readers(node) if user <= end]
-        if len(following) != 1 or not (_only_reshapes(following[0]) or _adds_bias(context, following[0])):
-            break
-        node = following[0]
-    return node
-
-
-def bias_beside(program: Program, fold: Fold) -> str | None:
-    """The bare bias that is added to the base operation's result inside `kept`, for operations without one."""
-    node = fold.kept
-    while node is not fold.base:
-        if node.target is aten.add.Tensor:
-            names = [program.parameter_name(operand) for operand in node.args[:2]]
-            return next(name for name in names if name is not None)
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
-    return None
-
-
-def _adds_bias(context: _Context, node: Node) -> bool:
-    names = [context.constants.bare(operand) for operand in node.args[:2]]
-    return node.target is aten.add.Tensor and any(name is not None and name not in context.added for name in names)
-
-
-def _only_reshapes(node: Node) -> bool:
-    source = node.args[0]
-    if not isinstance(source, Node):
-        return False
-    same_type = source.meta["val"].dtype == node.meta["val"].dtype
-    return same_type and node.target in RESHAPES
-
-
-def _absorb_casts(end: Node, wrapper: str) -> Node:
-    """Walk over casts that change nothing, in the module around the region: wrappers leave them behind."""
-    while len(end.users) == 1:
-        cast = next(iter(end.users))
-        same = cast.target in (aten.to.dtype, aten.to.dtype_layout) and cast.args[0] is end
-        if not same or cast.meta["val"].dtype != end.meta["val"].dtype:
-            break
-        if module_path(cast) not in (wrapper, module_path(end)):
-            break  # a cast of the surrounding model
-        end = cast
-    return end
-
-
-def _before_casts(root: Node, wrapper: str) -> Node:
-    """Walk back over casts that change nothing, in the module around the region."""
-    while root.target in (aten.to.dtype, aten.to.dtype_layout) and module_path(root) == wrapper:
-        source = root.args[0]
-        assert isinstance(source, Node)
-        if source.meta["val"].dtype != root.meta["val"].dtype:
-            break
-        root = source
-    return root
-
-
-def entry(base: Node, root: Node) -> tuple[Node, Node] | None:
-    """(reader, value): the operand to replace by the root so that the base operation reads the root directly.
-
-    The value nearest to the base operation that has the root's own shape and type; what reshapes it after that stays.
-    """
-    reader: Node = base
-    value = data_operand(base)
-    while isinstance(value, Node):
-        if value is root or (
-            value.meta["val"].shape == root.meta["val"].shape and value.meta["val"].dtype == root.meta["val"].dtype
-        ):
-            return reader, value
-        if not _only_reshapes(value):
-            return None
-        reader, value = value, value.args[0]
-    return None
-
-
-def _between(root: Node, end: Node) -> set[Node]:
-    """The operations that lie on a path from `root` to `end`."""
-    seen: set[Node] = set()
-    todo = [end]
-    while todo:
-        node = todo.pop()
-        if node in seen or not root < node or node.op != "call_function" or node.target is aten.sym_size.int:
-            continue
-        seen.add(node)
-        todo.extend(node.all_input_nodes)
-    inside: set[Node] = set()
-    for node in sorted(seen):
-        if any(source is root or source in inside for source in node.all_input_nodes):
-            inside.add(node)
-    return inside
 
 
 def _complain(constants: Constants, base: Node) -> None:
@@ -460,7 +279,7 @@ def _complain(constants: Constants, base: Node) -> None:
         other = next((a for a in join.args[:2] if isinstance(a, Node) and a is not base), None)
         if other is None or other in constants:
             continue
-        branch = _between(source, other)
+        branch = between(source, other)
         operands = [n for node in branch for n in node.all_input_nodes if n in constants]
         if other in branch and any(constants.reads(operand) for operand in operands):
             Analysis(constants, source, base.meta["val"].dtype).form(join)

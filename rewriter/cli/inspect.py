@@ -74,8 +74,8 @@ def _layers(program: Program) -> list[dict[str, Any]]:
 
 def _roles(program: Program) -> dict[str, str]:
     """Path of a layer -> what it is to an attention: `query`, or `query+key+value` for a fused one."""
+    from rewriter.attention import attentions
     from rewriter.find import projections
-    from rewriter.view import attentions
 
     roles: dict[str, dict[str, None]] = {}
     for attention in attentions(program):
