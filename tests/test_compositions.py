@@ -43,7 +43,7 @@ steps = st.one_of(
     st.tuples(st.just("save"), st.none()),
 )
 tried = settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
@@ -186,7 +186,7 @@ def wander(name: str, walk: list[tuple[str, Any]]) -> None:
 
 
 @given(st.lists(steps, min_size=4, max_size=8))
-@settings(tried, max_examples=15)
+@settings(tried, max_examples=12)
 def test_random_compositions(walk: list[tuple[str, Any]]) -> None:
     wander("mlp", walk)
 
@@ -232,9 +232,9 @@ def test_the_order_of_adapters_does_not_matter_to_the_merge(order: list[str]) ->
         assert torch.allclose(tensor, results[1].tensor(name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "conv", "llama_tied"])
+@pytest.mark.parametrize("name", ["conv", "llama_tied"])
 def test_a_merged_program_goes_through_a_file_and_back(name: str, tmp_path: Path) -> None:
-    targets = {"gpt2": ("c_attn", "wpe"), "conv": ("stem", "classes"), "llama_tied": ("lm_head", "q_proj")}[name]
+    targets = {"conv": ("stem", "classes"), "llama_tied": ("lm_head", "q_proj")}[name]
     base = traced(name)
     adapted = trained(rewriter.apply(base, Lora(targets=targets, rank=2, alpha=5)).program)
     merged = rewriter.apply(adapted, Merge(untie=True)).program
