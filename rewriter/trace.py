@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, Literal
 
 import torch
@@ -27,24 +30,40 @@ def trace(
 
     `dynamic_shapes="auto"` lets every tensor dimension vary that the model allows to vary; anything else is given to
     `torch.export.export` as it is. A dimension of size 0 or 1 in the example is taken as constant, so give examples
-    with at least two rows. A transformers model needs no example: its configuration says what goes in. Dropout stays
-    in the graph and follows `module.train()` later.
+    with at least two rows. A transformers model needs no example: its configuration says what goes in; its cache is
+    off unless the inputs ask for one. Dropout stays in the graph and follows `module.train()` later.
 
     Raises `RewriteError` when the model cannot be traced, with the reason torch gives.
     """
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"trace needs an nn.Module, got {type(module).__name__}")
-    kwargs = dict(kwargs or {})
-    if not args and not kwargs and _is_transformers(module):
-        from rewriter.formats.huggingface import trace_model
+    library = sys.modules.get("transformers")  # imported by whoever built such a model, and by nobody else
+    if library is None or not any(isinstance(child, library.PreTrainedModel) for child in module.modules()):
+        return trace_plainly(module, args, kwargs, dynamic_shapes, metadata=metadata)
+    from rewriter.formats.huggingface import trace_model, without_cache
 
-        return trace_model(module)  # type: ignore[arg-type]
+    if isinstance(module, library.PreTrainedModel):
+        return trace_model(module, args, kwargs, dynamic_shapes, metadata=metadata)
+    with without_cache(module, kwargs or {}):
+        return trace_plainly(module, args, kwargs, dynamic_shapes, metadata=metadata)
+
+
+def trace_plainly(
+    module: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Literal["auto"] | Any = "auto",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Program:
+    """Trace a module as it is, without what `trace` does for models of transformers; otherwise as `trace`."""
+    kwargs = dict(kwargs or {})
     meta = [name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"]
     if meta:
         raise RewriteError(f"{meta[0]} is a DTensor shard", fix="Materialise the model on one device first.")
     modes = {child: child.training for child in module.modules()}
     try:
-        with torch.no_grad(), _named_inputs(module, args, kwargs):
+        with torch.no_grad(), _without_dumps(), _named_inputs(module, args, kwargs):
             shapes = _automatic(module, args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
             exported = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
@@ -60,10 +79,28 @@ def trace(
     return Program.adopt(exported, metadata)
 
 
-def _is_transformers(module: torch.nn.Module) -> bool:
-    """Whether the module is a transformers model, without importing transformers for others."""
-    library = sys.modules.get("transformers")
-    return library is not None and isinstance(module, library.PreTrainedModel)
+@contextmanager
+def _without_dumps() -> Iterator[None]:
+    """Keep the logs and the graphs that torch writes to stderr off it; the error says what went wrong.
+
+    What else the block wrote to stderr is shown when it succeeds. Whoever asks torch for logs gets them all.
+    """
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    held = io.StringIO()
+    known = list(logging.Logger.manager.loggerDict)
+    loggers = [logging.getLogger(name) for name in known if name.partition(".")[0] == "torch"]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(held):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    sys.stderr.write(held.getvalue())
 
 
 def _automatic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +33,7 @@ from rewriter.formats.huggingface_model import (
 )
 from rewriter.formats.json import read_json
 from rewriter.program import Program
-from rewriter.trace import trace
+from rewriter.trace import trace_plainly
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 CONFIG = "config.json"
@@ -123,8 +123,10 @@ def trace_model(
     model: PreTrainedModel,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Literal["auto"] | Any = "auto",
     *,
     directory: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Program:
     """Trace a transformers model; without inputs they are made up by `example_inputs`, and passed by name.
 
@@ -132,28 +134,30 @@ def trace_model(
     outputs are tensors. Raises `RewriteError` when the model cannot be traced.
     """
     named = dict(kwargs or {})
-    shapes: Any = "auto"
+    shapes, automatic = dynamic_shapes, isinstance(dynamic_shapes, str)
     if not args and not named:
         named = dict(example_inputs(model))
-        shapes = varying_sizes(model, named)
+        shapes = varying_sizes(model, named) if automatic else dynamic_shapes
     settings = json.loads(model.config.to_json_string(use_diff=False))
     settings.pop("_name_or_path", None)  # a path of this machine
-    metadata = {
+    described = {
         METADATA: {
             "config": settings,
             "architecture": type(model).__name__,
             "directory": directory or Path(model.name_or_path or "").name,
         },
-        "weights_sha256": fingerprint(model.state_dict()),
+        **(metadata or {}),
     }
-    register_cache_pytrees_for_model(model)
-    with reset_model_state(model), _without_cache(model, named):
+    tensors = model.state_dict()
+    if not any(tensor.device.type == "meta" for tensor in tensors.values()):
+        described["weights_sha256"] = fingerprint(tensors)
+    with without_cache(model, named):
         try:
-            return trace(model, args, named, shapes, metadata=metadata)
+            return trace_plainly(model, args, named, shapes, metadata=described)
         except RewriteError as error:
-            if args:
+            if args or not automatic:
                 raise
-            return _trace_patched(model, named, metadata, error)
+            return _trace_patched(model, named, described, error)
 
 
 def _trace_patched(
@@ -171,7 +175,7 @@ def _trace_patched(
     prepared = {**prepared, **flags}
     try:
         with apply_patches("dynamo"), patch_forward_signature(model, prepared):
-            return trace(model, kwargs=prepared, metadata=metadata)
+            return trace_plainly(model, kwargs=prepared, metadata=metadata)
     finally:
         if not own:
             vars(model).pop("forward", None)
@@ -258,7 +262,20 @@ def _check_report(directory: Path, name: str, report: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _without_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+def without_cache(module: torch.nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Switch off the caches of the transformers models in a module, unless the named inputs ask for one.
+
+    `torch.export` can handle the caches either way, and what an earlier run left in the models is put aside.
+    """
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel):
+            register_cache_pytrees_for_model(child)
+    with reset_model_state(module), _configured_without_cache(module, inputs):
+        yield
+
+
+@contextmanager
+def _configured_without_cache(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     chosen = {"use_cache", "past_key_values", "cache_params"} & set(inputs)
     before = [] if chosen else [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
@@ -283,7 +300,7 @@ def _companions(source: Path | None) -> list[Path]:
 def _check_reload(program: Program, directory: Path, name: str) -> float:
     reloaded = load_model(directory, architecture=name)
     args, kwargs = program.exported.example_inputs or ((), example_inputs(reloaded))
-    with torch.no_grad(), _without_cache(reloaded, kwargs):
+    with torch.no_grad(), _configured_without_cache(reloaded, kwargs):
         typed_args, typed_kwargs = cast_leaf_tensors((args, kwargs), dtype=reloaded.dtype, device=reloaded.device)
         got = reloaded(*typed_args, **typed_kwargs)
     expected = program(*args, **kwargs)
