@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from rewriter.difference_text import grouped, numbers
+from rewriter.errors import UsageError
 from rewriter.program import Program
 from rewriter.text import Line, lines, tensor_type
 
@@ -142,7 +143,16 @@ SHOWN = 12  # changed tensors that the text lists; the JSON has all
 
 
 def diff(before: Program, after: Program) -> Difference:
-    """Compare two programs line by line, by the names of values, and tensor by tensor, by bits."""
+    """Compare two programs line by line, by the names of values, and tensor by tensor, by bits.
+
+    Raises `UsageError` for what is not a program.
+    """
+    for given in (before, after):
+        if not isinstance(given, Program):
+            raise UsageError(
+                f"diff compares two programs, got {type(given).__name__}",
+                fix="Make programs of both with `rewriter.trace` or `rewriter.load`.",
+            )
     old, new = before.tensors, after.tensors
     return Difference(
         tuple(_changed_lines(lines(before), lines(after))),

@@ -56,6 +56,11 @@ def load(
     Raises `UnsafeError` for what could execute code, `UsageError` for options that do not go together, `RewriteError`
     for everything else that cannot be used, with the name of what it is.
     """
+    if not isinstance(source, (str, Path)):
+        raise UsageError(
+            f"load needs a path or `package.module:factory`, got {type(source).__name__}",
+            fix="Give a module in memory to `rewriter.trace`, with its example inputs.",
+        )
     if _is_factory(source):
         _refuse(str(source), "a factory", model=model, architecture=architecture)
         return _trace(_call_factory(str(source)), inputs, dtype)

@@ -13,6 +13,7 @@ from torch import nn
 from passes.lora import Lora
 from rewriter.diff import _changed_lines, diff, same_bits
 from rewriter.difference_text import size
+from rewriter.errors import UsageError
 from rewriter.program import Program
 from rewriter.text import Line, text
 from rewriter.trace import trace
@@ -205,3 +206,10 @@ def test_a_moved_operation_is_a_difference() -> None:
 )
 def test_sizes_are_readable(size_bytes: int, shown: str) -> None:
     assert size(size_bytes) == shown
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_only_programs_are_compared(swapped: bool) -> None:
+    pair: list[object] = [traced("mlp"), 3]
+    with pytest.raises(UsageError, match="two programs, got int"):
+        diff(*(reversed(pair) if swapped else pair))  # type: ignore[arg-type]

@@ -259,3 +259,9 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load(tmp_path / "modle.pt")
     with pytest.raises(RewriteError, match="without config"):
         load(tmp_path)
+
+
+def test_a_module_in_memory_is_for_trace() -> None:
+    with pytest.raises(UsageError, match="got Linear") as caught:
+        load(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    assert "rewriter.trace" in str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rewriter
-from rewriter.cli.output import out, table, working, write_json
+from rewriter.cli.output import note, out, table, working, write_json
 
 if TYPE_CHECKING:
     from rewriter.program import Program
@@ -34,9 +34,11 @@ def run(
         save(result.program, path, overwrite=overwrite, inputs=inputs)
     if as_json:
         write_json({"output": str(path), "applied": [each.to_json() for each in result.applied]})
-        return
-    show(result)
-    out(f"wrote {path}")
+    else:
+        show(result)
+        out(f"wrote {path}")
+    for applied in result.applied:
+        _warn_of_no_effect(applied)
 
 
 def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool) -> None:
@@ -76,6 +78,15 @@ def show(result: Result) -> None:
     for applied in result.applied:
         for line in _notes(applied):
             out(line)
+
+
+def _warn_of_no_effect(applied: Applied) -> None:
+    """Tell of merged updates that are zero: an adapter that was never trained is easily merged by mistake."""
+    updates = [numbers["update"] for numbers in applied.notes.values() if "update" in numbers]
+    zero = updates.count(0.0)
+    if zero:
+        reason = "the adapter has no effect" if zero == len(updates) else "the adapter has no effect there"
+        note(f"warning: {zero} of {len(updates)} merged updates are zero: {reason}")
 
 
 def _row(applied: Applied) -> list[str]:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ def write_file(path: Path, *, inputs: Sequence[Path] = (), overwrite: bool = Fal
         yield partial
         if not partial.is_file():
             raise RewriteError(f"nothing was written for {path}", fix="Report this as a bug.")
+        _give_usual_mode(partial)
         _flush(partial)
         _refuse_existing(path, overwrite)
         partial.replace(path)
@@ -57,9 +59,9 @@ def write_directory(path: Path, *, inputs: Sequence[Path] = (), overwrite: bool 
     with _partial(path, inputs, overwrite) as partial:
         partial.mkdir()
         yield partial
-        for entry in sorted(partial.rglob("*")):
+        for entry in [*sorted(partial.rglob("*")), partial]:
+            _give_usual_mode(entry)
             _flush(entry)
-        _flush(partial)
         _refuse_existing(path, overwrite)
         _swap(partial, path)
 
@@ -145,6 +147,20 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Give a file or directory the permissions of any new one: libraries write through temporary files of mode 600."""
+    if path.is_symlink() or os.name == "nt":
+        return
+    mask = os.umask(0o077)  # it can only be read by setting it; a file of another thread is never made too open
+    os.umask(mask)
+    mode = path.stat().st_mode
+    # the bits above are the system's, such as the group that a directory hands on
+    usual = (mode & 0o7000) | ((0o777 if path.is_dir() else 0o666) & ~mask)
+    if stat.S_IMODE(mode) != usual:
+        with suppress(OSError):  # a file system without permissions
+            path.chmod(usual)
 
 
 def _flush(path: Path) -> None:

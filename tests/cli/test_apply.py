@@ -193,3 +193,14 @@ def test_the_help_of_a_pass_has_its_options_and_equation(run: Run) -> None:
     assert "--rank-pattern NAME=INTEGER,..." in shown
     assert "y = x Wᵀ + b      ->      y = x Wᵀ + b + scale" in shown
     assert "--untie" not in shown
+
+
+def test_a_merge_without_effect_is_warned_of(folder: Path, run: Run) -> None:
+    assert "warning" not in run(*LORA, "mlp.pt", "-o", "zero.pt").stderr
+    warning = "warning: 2 of 2 merged updates are zero: the adapter has no effect\n"
+    assert warning in run("merge", "zero.pt", "-o", "merged.pt").stderr
+    shown = run("merge", "zero.pt", "-o", "again.pt", "--json")
+    assert warning in shown.stderr
+    assert len(json.loads(shown.stdout)["applied"][0]["notes"]) == 2
+    run("apply", "--pass", "lora", "--targets", "up,down", "--init", "both", "mlp.pt", "-o", "random.pt")
+    assert "zero" not in run("merge", "random.pt", "-o", "merged_random.pt").stderr

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -245,3 +246,21 @@ def test_killing_at_any_moment_leaves_a_whole_output(tmp_path: Path, writer: Wri
         fill(writer, partial, "last")
     assert content(path) == {"last"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_what_is_written_has_the_permissions_of_any_new_file(writer: Writer, mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with writer(tmp_path / "out") as partial:
+            fill(writer, partial, "new")
+            for entry in [partial, *partial.rglob("*")]:
+                entry.chmod(0o700 if entry.is_dir() else 0o600)
+    finally:
+        assert os.umask(before) == mask
+    written = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert len(written) == (1 if writer is write_file else 4)
+    for entry in written:
+        assert stat.S_IMODE(entry.stat().st_mode) == (0o777 if entry.is_dir() else 0o666) & ~mask
