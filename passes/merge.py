@@ -78,7 +78,7 @@ class Merge:
                 fix="A merge needs an update beside a base weight; `rewriter inspect MODEL` lists the steps.",
             )
         for fold in found:
-            others = _other_readers(program, fold, found)
+            others = _other_readers(program, fold)
             if others and not self.untie:
                 raise RewriteError(
                     f"{fold.path} cannot be merged: its weight {fold.weight} is also read elsewhere",
@@ -93,7 +93,7 @@ class Merge:
         # the value before this layer may be the end of another region, which is folded by now
         site = replace(site, root=edit.current(site.root), source=edit.current(site.source))
         weight, offset, kept_offset = site.values()
-        others = _other_readers(edit.program, site, [site]) if self.untie else []
+        others = _other_readers(edit.program, site) if self.untie else []
         base = edit.originals.get(site.weight, edit.program.tensor(site.weight))
         stored = _as_stored(edit.program, site, weight, base)
         self._check_finite(site.weight, site, stored, base)
@@ -124,7 +124,7 @@ class Merge:
             if site.bias is not None and index is not None:
                 _set_bias_operand(edit, site, index, edit.program.placeholder(name))
             if not torch.equal(value, edit.program.tensor(name)):
-                readers = _other_readers(edit.program, site, [site], name)
+                readers = _other_readers(edit.program, site, name)
                 if readers:
                     raise RewriteError(
                         f"{site.path} cannot be merged: its bias {name} is also read elsewhere",
@@ -225,17 +225,20 @@ def _own_weight(edit: Edit, site: Fold, value: torch.Tensor) -> Node:
     shared = program.placeholder(site.weight)
     if mine == site.weight:  # the graph reads the tied tensor under this layer's name: move the others
         free = [name for name in group if name != mine and not _reads_name(program, name)]
-        if not free:
-            raise RewriteError(f"{site.path} cannot be untied: {site.weight} has no other name")
-        other = program.placeholder(free[0])
-        for node in [user for user in shared.users if user is not site.base and user not in site.nodes]:
-            edit.rewire(node, shared, other)
-        edit.set_value(mine, value)
-        return shared
-    if mine in group and not _reads_name(program, mine):
+        if free:
+            other = program.placeholder(free[0])
+            for node in [user for user in shared.users if user not in site.together]:
+                edit.rewire(node, shared, other)
+            edit.set_value(mine, value)
+            return shared
+    elif mine in group and not _reads_name(program, mine):
         edit.set_value(mine, value)
         return program.placeholder(mine)
-    return edit.parameter(mine if mine not in program.tensors else f"{mine}_merged", value, trainable=False)
+    name = mine if mine not in program.tensors else f"{mine}_merged"
+    if name in edit.added:  # an earlier call of the same module made it
+        _set_once(edit, name, value)
+        return program.placeholder(name)
+    return edit.parameter(name, value, trainable=False)
 
 
 def _apply_weight(edit: Edit, site: Fold, operand: Node) -> None:
@@ -280,9 +283,8 @@ def _set_bias_operand(edit: Edit, site: Fold, index: int, node: Node) -> None:
         edit.erase([before])  # the computation of the bias, when nothing else reads it
 
 
-def _other_readers(program: Program, site: Fold, found: list[Fold], name: str = "") -> list[Node]:
+def _other_readers(program: Program, site: Fold, name: str = "") -> list[Node]:
     """The operations that read a folded weight (or the tensor `name`) and are not folded with it."""
-    inside = frozenset().union(*(fold.nodes for fold in found if fold.weight == site.weight))
     constants = site.constants
     todo, seen, outside = [program.placeholder(name or site.weight)], set[Node](), []
     while todo:
@@ -292,6 +294,6 @@ def _other_readers(program: Program, site: Fold, found: list[Fold], name: str = 
             seen.add(user)
             if user in constants.leaves:
                 todo.append(user)
-            elif user not in inside and user is not site.base and user is not site.kept:
+            elif user not in site.together and user is not site.kept:
                 outside.append(user)
     return sorted(outside)

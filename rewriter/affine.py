@@ -157,7 +157,9 @@ def _einsum(analysis: Analysis, node: Node) -> Form:
     x, width = letters.pop(place), len(form.features)
     row_letters = x[: len(x) - width]
     if (
-        not row_letters
+        ndim <= width
+        or not row_letters
+        or len(set(x.replace(".", ""))) != len(x.replace(".", ""))
         or not right.startswith(row_letters)
         or set(row_letters) & set("".join(letters))
         or "." in x[len(x) - width :]

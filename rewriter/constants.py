@@ -10,38 +10,10 @@ import torch
 from torch.fx import Node
 
 from rewriter.errors import RewriteError
+from rewriter.mutation import changed_in_place
 from rewriter.program import Program
 
 aten = torch.ops.aten
-ALIASING = {  # operations whose result may be, or lie in, the memory of their first input
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    operator.getitem,
-    aten.transpose.int,
-    aten.t.default,
-    aten.numpy_T.default,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.narrow.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.diagonal.default,
-    aten.contiguous.default,
-    aten.dropout.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-}
 CREATION = {
     aten.eye.default,
     aten.zeros.default,
@@ -76,7 +48,8 @@ class Constants:
         for node in program.graph.nodes:
             name = program.parameter_name(node)
             if name is not None:
-                self.leaves[node] = frozenset([name])
+                if node not in self.changed:
+                    self.leaves[node] = frozenset([name])
             elif node.op == "get_attr":
                 self.leaves[node] = frozenset()
             elif node.op == "call_function" and self._is_constant(node):
@@ -182,26 +155,3 @@ def _is_pure(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return node.op in ("placeholder", "output") or not (schema is None or schema.is_mutable or random)
-
-
-def changed_in_place(program: Program) -> set[Node]:
-    """The values that an operation changes in place while others still read them, under this or an aliasing name.
-
-    An in-place operation whose own result is read from then on (`x = x.add_(y)`) is harmless and not among them.
-    """
-    changed: set[Node] = set()
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
-            continue
-        value = node.args[0]
-        while value.op == "call_function" and value.target in ALIASING and isinstance(value.args[0], Node):
-            value = value.args[0]
-        aliases = [value]
-        for alias in aliases:  # grows while it is walked
-            aliases += [user for user in alias.users if user.target in ALIASING and user.args[0] is alias]
-        family = {user for alias in aliases for user in alias.users if user.target is not aten.sym_size.int}
-        if any(node < user for user in family):
-            changed |= {alias for alias in aliases if alias.op == "call_function"}
-            changed |= {user for user in family if node < user}
-    return changed

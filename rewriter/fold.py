@@ -9,6 +9,7 @@ the base operation alone remains. Residual additions stay: a path without a para
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -58,6 +59,15 @@ class _Context:
         """Whether an operation applies a bare parameter that no pass added."""
         bare = weight_of(self.program, weight_operand(node))
         return bare is not None and bare[0] not in self.added
+
+    def updates(self, reads: frozenset[str]) -> bool:
+        """Whether a weight computed from these beside its own holds an update, not only a norm of the model's own.
+
+        In a program with adapters of ours it reads one of them; in a foreign one it reads another matrix.
+        """
+        if self.added:
+            return bool(reads & self.added)
+        return any(sum(size > 1 for size in self.program.tensor(name).shape) > 1 for name in reads)
 
     def wrapper(self, nodes: frozenset[Node] | set[Node]) -> str:
         """The innermost module that holds all these operations."""
@@ -118,7 +128,13 @@ def folds(program: Program, constants: Constants) -> tuple[list[Fold], list[tupl
         if region is not None:
             found.append(region)
             inside |= region.nodes
-    return found, missed
+    return [replace(fold, together=_together(fold, found)) for fold in found], missed
+
+
+def _together(fold: Fold, found: list[Fold]) -> frozenset[Node]:
+    """The operations of all regions that fold into the same layer: those of every call of a shared module."""
+    same = [other.nodes for other in found if (other.weight, other.path) == (fold.weight, fold.path)]
+    return frozenset().union(*same)
 
 
 def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
@@ -132,7 +148,7 @@ def _contractions(context: _Context) -> Iterator[tuple[Node, str, str]]:
             operand, data = weight_operand(node), data_operand(node)
             if isinstance(operand, Node) and operand in constants and data not in constants:
                 place = home(context.program, constants, operand)
-                if place is not None and constants.reads(operand) - {place}:
+                if place is not None and context.updates(constants.reads(operand) - {place}):
                     yield node, place.removesuffix(".weight"), place
 
 
@@ -179,26 +195,39 @@ def _extend(
         again = any(context.constants.reads(n) & own for n in end.all_input_nodes if n in context.constants)
         if len(form.terms) > len(before.terms) or late or more & context.added or (accepted and again):
             accepted, before = (end, form), form
+        elif accepted and not more and _returns(accepted[0], end, base):
+            accepted = (end, form)
         elif more:
             if not (context.wraps(end, base) and context.in_one_module(between(analysis.root, end), _reads(form))):
                 break  # a scaling of its own module, such as LayerScale, is part of the model
             accepted, before = (end, form), form
     if accepted is None or entry(base, analysis.root) is None:
         return None
-    end, form = accepted
+    return _region(context, analysis.root, base, path, weight, *accepted)
+
+
+def _region(context: _Context, root: Node, base: Node, path: str, weight: str, end: Node, form: Form) -> Fold | None:
+    """The region from `root` to `end`, with what it leaves behind."""
+    proven = end
     kept = kept_after(context.constants, context.added, base, end)
+    if kept.meta["val"].dtype != end.meta["val"].dtype:
+        raise NotAffine(end, f"the layer gives {kept.meta['val'].dtype}, with its update {end.meta['val'].dtype}")
     if kept.meta["val"].shape != end.meta["val"].shape:
         return None
-    nodes = frozenset(between(analysis.root, end))
+    nodes = frozenset(between(root, end))
     reads = _reads(form) | form.offset_reads
-    bias, source = own_bias(context.program, context.constants, base), analysis.root
+    bias, source = own_bias(context.program, context.constants, base), root
     if not any(Origin.of(node) for node in nodes):  # our own branches leave no casts, so any cast is the model's
         end = after_casts(end, context.wrapper(nodes))
         if context.wrapper(nodes) != module_path(base):  # in its own module, a cast is the layer's
             source = before_casts(source, context.wrapper(nodes))
-    return Fold(
-        path, weight, bias, base, analysis.root, source, end, kept, accepted[0], nodes, reads, context.constants
-    )
+    return Fold(path, weight, bias, base, root, source, end, kept, proven, nodes, reads, context.constants)
+
+
+def _returns(accepted: Node, end: Node, base: Node) -> bool:
+    """Whether a value is cast back to the type of the base operation, which the update had widened."""
+    wide, narrow, own = (node.meta["val"].dtype for node in (accepted, end, base))
+    return bool(wide != own and narrow == own)
 
 
 def _one_base(context: _Context, form: Form, base: Node) -> bool:

@@ -9,6 +9,7 @@ from torch.export.passes import move_to_device_pass
 from torch.fx import Graph, GraphModule
 
 from rewriter.errors import RewriteError
+from rewriter.mutation import written
 
 if TYPE_CHECKING:
     from rewriter.program import Program
@@ -89,7 +90,7 @@ def _follow_mode(graph: Graph, root: torch.nn.Module) -> None:
 def _place_tensors(module: GraphModule, program: Program, trainable: set[str]) -> None:
     """Give the module its tensors: trainable ones as copies that require gradients, the others shared and frozen."""
     parameters = program.parameters()
-    mutated = set(program.exported.graph_signature.buffers_to_mutate.values())
+    mutated = written(program)
     made: dict[int, torch.nn.Parameter] = {}
     for name, tensor in program.exported.state_dict.items():
         owner, leaf = _owner(module, name)

@@ -211,8 +211,23 @@ class Program:
         home[name] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self._runnable(*args, **kwargs)
+        if self._writes:  # every run starts from the program's own buffers
+            self.__dict__.pop("_runnable", None)
+        try:
+            with torch.no_grad():
+                return self._runnable(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(
+                "the program cannot be called with these inputs",
+                evidence=[f"it takes: {', '.join(node.name for node in self.inputs())}", *str(error).splitlines()[:2]],
+                fix="Give every input that was given to the trace.",
+            ) from error
+
+    @cached_property
+    def _writes(self) -> bool:
+        from rewriter.mutation import written
+
+        return bool(written(self))
 
     @cached_property
     def _runnable(self) -> torch.nn.Module:

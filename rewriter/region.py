@@ -75,6 +75,7 @@ class Fold:
     nodes: frozenset[Node]
     reads: frozenset[str]  # every parameter the region reads
     constants: Constants
+    together: frozenset[Node] = frozenset()  # the nodes of every region of this layer, when it is called twice
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(weight [o, i] of the whole region, offset of the region, offset of `kept`), computed now."""

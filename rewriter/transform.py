@@ -149,7 +149,7 @@ def apply(program: Program, *passes: Pass, check: bool = True) -> Result:
 
 
 def _apply_one(program: Program, pass_: Pass, check: bool) -> tuple[Program, Applied]:
-    if not isinstance(pass_, Pass):
+    if isinstance(pass_, type) or not isinstance(pass_, Pass):
         raise UsageError(f"{pass_!r} is not a pass", fix="Give an instance, such as passes.Lora(rank=8).")
     verify.structure(program)
     start = time.perf_counter()

@@ -91,8 +91,9 @@ def compare(before: Program, after: Program, *, seed: int = 0) -> tuple[float, f
             "the outputs changed their shapes or types",
             evidence=[f"{_type(a)} -> {_type(b)}" for a, b in zip(one, two, strict=False) if _type(a) != _type(b)],
         )
-    absolute = max((_distance(a, b) for a, b in zip(one, two, strict=True)), default=0.0)
-    relative = max((_distance(a, b) / (_size(a) or 1.0) for a, b in zip(one, two, strict=True)), default=0.0)
+    distances = [_distance(a, b) for a, b in zip(one, two, strict=True)]
+    absolute = _largest(distances)
+    relative = _largest([distance / (_size(a) or 1.0) for distance, a in zip(distances, one, strict=True)])
     return absolute, relative, all(bool(_same(a, b).all()) for a, b in zip(one, two, strict=True)), one
 
 
@@ -121,6 +122,11 @@ def law(before: Program, after: Program, law: Law, name: str) -> Change | None:
 def outputs(result: Any) -> list[torch.Tensor]:
     """The tensors of a model's result, in order."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _largest(distances: list[float]) -> float:
+    """The largest distance; NaN when any is, which Python's max would hide."""
+    return next((distance for distance in distances if math.isnan(distance)), max(distances, default=0.0))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

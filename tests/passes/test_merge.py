@@ -235,7 +235,7 @@ def test_a_tied_embedding_with_untie_leaves_the_head() -> None:
 def test_both_uses_of_a_tied_weight() -> None:
     base = traced("llama_tied")
     adapted = trained(rewriter.apply(base, Lora(targets=("embed_tokens", "lm_head"), rank=3, alpha=7)).program)
-    with pytest.raises(RewriteError, match="with updates that differ"):
+    with pytest.raises(RewriteError, match="--untie"):
         rewriter.apply(adapted, Merge())
     merged = rewriter.apply(adapted, Merge(untie=True)).program
     assert distance(run(merged, "llama_tied"), run(adapted, "llama_tied")) < 2e-5
