@@ -171,7 +171,7 @@ def test_tracing_leaves_a_model_in_memory_as_it_was(store: Store) -> None:
 def test_what_transformers_replaces_for_export_serves_when_the_plain_trace_fails(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, plain = store.model("llama"), huggingface.trace
+    model, plain = store.model("llama"), huggingface.trace_plainly
     calls: list[Any] = []
 
     def trace(*args: Any, **kwargs: Any) -> Program:
@@ -180,7 +180,7 @@ def test_what_transformers_replaces_for_export_serves_when_the_plain_trace_fails
             raise RewriteError("plain tracing fails")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(huggingface, "trace", trace)
+    monkeypatch.setattr(huggingface, "trace_plainly", trace)
     program = huggingface.trace_model(model)
     assert len(calls) == 2
     assert "forward" not in vars(model)
