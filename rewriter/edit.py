@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
 from torch.fx import Node
 
 from rewriter.errors import RewriteError, UsageError
+from rewriter.outputs import add_output, remove_output
 from rewriter.program import Origin, Program, module_path
+from rewriter.retype import evaluate, fake_mode, retype
 
 
 class Edit:
@@ -62,7 +63,7 @@ class Edit:
         ):
             node: Node = self.program.graph.placeholder(prefix + _identifier(name))
         with torch.no_grad():
-            node.meta["val"] = self._fake_mode().from_tensor(value, static_shapes=True)
+            node.meta["val"] = fake_mode(self.program).from_tensor(value, static_shapes=True)
         Origin(self.number, self.name, name).write(node)
         persistent = True if kind is InputKind.BUFFER else None
         signature.input_specs.insert(position, InputSpec(kind, TensorArgument(node.name), name, persistent))
@@ -106,18 +107,20 @@ class Edit:
 
         With `before`, insert it just before `like`, which will read it.
 
-        `label` names the value in the program's text. The type follows from the inputs' types.
+        `label` names the value in the program's text. The type follows from the inputs' types. What is inserted after
+        an input of the program comes after all of them.
         """
         graph = self.program.graph
         needed = [node for node in _nodes((args, kwargs)) if node.op != "placeholder"]
         place = max([like, *needed])
-        with graph.inserting_before(like) if before else graph.inserting_after(place):
+        if place.op == "placeholder":
+            place, before = self._first_operation(), True
+        with graph.inserting_before(place if before else place.next):
             where = module_path(like) if path is None else path
             node: Node = graph.create_node(
                 "call_function", operation, args, kwargs, name=_identifier(f"{where}_{label}" if where else label)
             )
-        with torch.no_grad():
-            node.meta["val"] = operation(*_values(args), **_values(kwargs))
+        node.meta["val"] = evaluate(fake_mode(self.program), operation, *_values(args), **_values(kwargs))
         if "nn_module_stack" in like.meta:
             node.meta["nn_module_stack"] = dict(like.meta["nn_module_stack"])
         Origin(self.number, self.name, label).write(node)
@@ -175,6 +178,20 @@ class Edit:
         names = {name for node in orphans if node.op == "placeholder" and (name := self.program.parameter_name(node))}
         remove_tensors(self.program, names)
 
+    def retype(self) -> None:
+        """Derive all types again after sizes have changed; see `rewriter.retype`."""
+        retype(self.program, self._inserted)
+
+    def add_output(self, value: Node) -> None:
+        """Let the program return `(what it returned, value)`."""
+        self.removes = True
+        add_output(self.program, value)
+
+    def remove_output(self, value: Node) -> None:
+        """Take an added output away again."""
+        self.removes = True
+        remove_output(self.program, value)
+
     def note(self, path: str, **numbers: float) -> None:
         """Record numbers about one site, for the report of the step."""
         self.notes[path] = numbers
@@ -188,13 +205,6 @@ class Edit:
     def _first_operation(self) -> Node:
         first: Node = next(node for node in self.program.graph.nodes if node.op != "placeholder")
         return first
-
-    def _fake_mode(self) -> FakeTensorMode:
-        for node in self.program.graph.nodes:
-            if isinstance(node.meta.get("val"), FakeTensor):
-                mode: FakeTensorMode = node.meta["val"].fake_mode
-                return mode
-        raise RewriteError("the program has no tensor at all")
 
 
 def settle(program: Program) -> None:
