@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
@@ -11,7 +11,9 @@ from torch.fx import Node
 from rewriter.errors import RewriteError
 from rewriter.formats.peft import ENDINGS, PAIRS
 from rewriter.program import Origin, Program, Step
-from rewriter.view import Embedding, Linear, Site, layers, scope
+from rewriter.view import Embedding, Linear, Part, Site, layers, scope
+
+STEPS = ("lora", "peft", "compose", "prune")  # the passes that put LoRAs beside layers
 
 
 @dataclass(slots=True)
@@ -30,12 +32,26 @@ class Branch:
         return int(self.tensors[kind].shape[0])
 
 
-def branches(program: Program, steps: list[Step], adapter: str) -> list[Branch]:
-    """What the steps put beside the layers under one adapter name, read from the graph, in the order of the steps."""
+def adapters(program: Program) -> dict[str, list[Step]]:
+    """The names of the LoRAs in the program and the steps that put them there; removed ones are not named."""
+    held, result = program.exported.state_dict, dict[str, list[Step]]()
+    for step in program.steps:
+        if step.name in STEPS and any(name in held for name in step.added):
+            result.setdefault(str(step.options.get("adapter", "default")), []).append(step)
+    return result
+
+
+def branches(program: Program, steps: list[Step], adapter: str, *, whole: bool = True) -> list[Branch]:
+    """What the steps put beside the layers under one adapter name, read from the graph, in the order of the steps.
+
+    With `whole`, only what a PEFT directory can hold: the slices of a layer are stacked, and a stack of experts is
+    refused. Without, each slice is a branch whose site has that part, and experts are branches like others.
+    """
     kinds = "|".join(ENDINGS.values())
     pattern = re.compile(rf"(.+)\.({kinds})\.{re.escape(adapter)}(?:\.(query|key|value))?")
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name in (name for step in steps for name in step.added):
+    held = program.exported.state_dict
+    for name in (name for step in steps for name in step.added if name in held):
         match = pattern.fullmatch(name)
         if match is None:
             raise RewriteError(f"{name} is no parameter of a LoRA", fix="Export the whole model.")
@@ -46,31 +62,50 @@ def branches(program: Program, steps: list[Step], adapter: str) -> list[Branch]:
     for path, parts in found.items():
         embeds = any("lora_embedding_A" in names for names in parts.values())
         site = next(s for s in sites if scope(program, s.path) == path and isinstance(s, Embedding) is embeds)
-        if site.path != path:
+        if site.path != path and whole:
             raise RewriteError(
                 f"{site.path} is a parameter without a module, and a PEFT directory has LoRAs of modules only",
                 fix="Export the whole model, merged.",
             )
         read = [_read(program, site, names) for names in parts.values()]
-        result.append(read[0] if "" in parts else _stacked(site, read))
+        if "" in parts:
+            result.append(read[0])
+        elif whole:
+            result.append(stacked(site, read))
+        else:
+            result += [_sliced(branch, part) for part, branch in zip(parts, read, strict=True)]
     return result
+
+
+def _sliced(branch: Branch, part: str) -> Branch:
+    assert isinstance(branch.site, Linear)
+    stop = branch.start + branch.tensors["lora_B"].shape[0]
+    return replace(branch, site=replace(branch.site, part=Part(part, branch.start, stop)))
 
 
 def _read(program: Program, site: Site, names: dict[str, str]) -> Branch:
     b = program.placeholder(next(name for kind, name in names.items() if kind in PAIRS.values()))
-    up = next(user for user in b.users if _label(user).startswith("lora_up"))
+    up = _up(b)
     scaled = next(user for user in up.users if _label(user).startswith("lora_scaled"))
     placed = next((user.args[1] for user in scaled.users if _label(user).startswith("lora_placed")), (0, 0))
     scale = scaled.args[1]
-    down = up.args[0]
-    assert isinstance(down, Node)
+    down = next(node for node in up.all_input_nodes if _label(node).startswith("lora_down"))
     assert isinstance(scale, (int, float))
-    x = down.args[0]
     dropout = None if isinstance(site, Embedding) else 0.0
-    if isinstance(x, Node) and _label(x).startswith("lora_dropout"):
-        dropout = float(x.args[1])  # type: ignore[arg-type]
+    for x in down.all_input_nodes:
+        if _label(x).startswith("lora_dropout"):
+            dropout = float(x.args[1])  # type: ignore[arg-type]
     tensors = {kind: program.tensor(name) for kind, name in names.items()}
     return Branch(site, float(scale), dropout, placed[0], tensors)  # type: ignore[index, arg-type]
+
+
+def _up(b: Node) -> Node:
+    """The product with B; experts read it padded and transposed."""
+    while True:
+        user = next(u for u in b.users if _label(u).startswith(("lora_up", "lora_B_aligned", "lora_B_turned")))
+        if _label(user).startswith("lora_up"):
+            return user
+        b = user
 
 
 def _label(node: Node) -> str:
@@ -78,7 +113,7 @@ def _label(node: Node) -> str:
     return origin.label if origin else ""
 
 
-def _stacked(site: Site, parts: list[Branch]) -> Branch:
+def stacked(site: Site, parts: list[Branch]) -> Branch:
     """One LoRA of the summed rank for LoRAs on slices: the rows of A together, B zero outside each slice's block."""
     whole = Branch(site, parts[0].scale, parts[0].dropout)
     a = torch.cat([part.tensors["lora_A"] for part in parts])

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from passes.peft_branches import Branch, branches, on_original
+from passes.peft_branches import STEPS, Branch, adapters, branches, on_original
 from rewriter.errors import RewriteError, UsageError
 from rewriter.formats import peft
 from rewriter.formats.peft_config import KNOWN_VERSION, LoraConfig, short_names, short_patterns
 from rewriter.program import Program, Step
 from rewriter.view import Embedding, Linear, modules
 
-STEPS = ("lora", "peft")  # the passes whose result a PEFT LoRA directory can hold
 _KEYS = {kind: ending for ending, kind in peft.ENDINGS.items()}
 
 
@@ -59,15 +58,14 @@ def _steps(program: Program, adapter: str) -> list[Step]:
             evidence=[f"passes: {', '.join(step.name for step in program.steps)}"],
             fix="Undo it first, or export the whole model.",
         )
-    names = [str(step.options.get("adapter", "default")) for step in program.steps]
-    steps = [step for step, name in zip(program.steps, names, strict=True) if name == adapter]
-    if not steps:
+    known = adapters(program)
+    if adapter not in known:
         raise UsageError(
             f"the program has no LoRA named {adapter!r}",
-            evidence=[f"it has: {', '.join(dict.fromkeys(names)) or 'none'}"],
+            evidence=[f"it has: {', '.join(known) or 'none'}"],
             fix="Apply one first, or name one of these.",
         )
-    return steps
+    return known[adapter]
 
 
 # -- the rest of the base -----------------------------------------------------------------------------------------
