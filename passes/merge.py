@@ -119,7 +119,8 @@ class Merge:
         name = site.bias or bias_beside(edit.program, site)
         if name is not None:
             before = edit.originals.get(name, edit.program.tensor(name))
-            value = (before.detach().to(change.dtype) + change.reshape(before.shape)).to(before.dtype)
+            own = before.detach() if site.bias is None else site.own_bias()
+            value = (own.to(change.dtype) + change.reshape(before.shape)).to(before.dtype)
             self._check_finite(name, site, value, before)
             if site.bias is not None and index is not None:
                 _set_bias_operand(edit, site, index, edit.program.placeholder(name))

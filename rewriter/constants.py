@@ -44,6 +44,7 @@ class Constants:
         self._tensors = program.tensors
         self.leaves: dict[Node, frozenset[str]] = {}  # constant node -> the parameters it reads
         self._values: dict[Node, Any] = {}
+        self._computed: set[Node] = set()
         self.changed = changed_in_place(program)
         for node in program.graph.nodes:
             name = program.parameter_name(node)
@@ -71,7 +72,7 @@ class Constants:
         """The same constants as they were at construction, with values instead of shapes alone."""
         other = copy.copy(self)
         other.device = torch.device("cpu")
-        other._values = {}
+        other._values, other._computed = {}, set()
         return other
 
     def __contains__(self, value: object) -> bool:
@@ -101,7 +102,11 @@ class Constants:
                 todo.extend(missing) if node not in self._values else todo.pop()
                 continue
             self._values[node] = self._evaluate(node)
+            self._computed.add(node)
             todo.pop()
+            for source in node.all_input_nodes:  # what everybody has read by now need not stay in memory
+                if self._computed.issuperset(source.users):
+                    self._values.pop(source, None)
         return self._values[operand]
 
     def _evaluate(self, node: Node) -> Any:

@@ -84,6 +84,12 @@ class Fold:
         inputs = static_size(self.root.meta["val"].shape[-1]) or 0
         return matrix(form, inputs, self.constants.precision), _flat(form.offset), _flat(kept.offset)
 
+    def own_bias(self) -> torch.Tensor:
+        """What the base operation adds to its product: the bias, with the update it is computed with if it has one."""
+        index = BIAS_INPUT[self.base.target]  # type: ignore[index]
+        value: torch.Tensor = self.constants.with_values().value(self.base.args[index])
+        return value
+
 
 def _flat(offset: torch.Tensor | None) -> torch.Tensor | None:
     return None if offset is None else offset.reshape(-1)
