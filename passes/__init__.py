@@ -1,7 +1,12 @@
 """Methods of parameter-efficient fine-tuning, one pass per file."""
 
+from passes.compose import Compose as Compose
+from passes.ia3 import Ia3 as Ia3
+from passes.layer_norm_tuning import LayerNormTuning as LayerNormTuning
 from passes.lora import Lora as Lora
 from passes.merge import Merge as Merge
 from passes.peft import PeftAdapter as PeftAdapter
+from passes.prune import Prune as Prune
+from passes.trainable_tokens import TrainableTokens as TrainableTokens
 
-__all__ = ["Lora", "Merge", "PeftAdapter"]
+__all__ = ["Compose", "Ia3", "LayerNormTuning", "Lora", "Merge", "PeftAdapter", "Prune", "TrainableTokens"]
