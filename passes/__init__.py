@@ -1,5 +1,6 @@
 """Methods of parameter-efficient fine-tuning, one pass per file."""
 
+from passes.adapter import Adapter as Adapter
 from passes.compose import Compose as Compose
 from passes.ia3 import Ia3 as Ia3
 from passes.layer_norm_tuning import LayerNormTuning as LayerNormTuning
@@ -9,4 +10,4 @@ from passes.peft import PeftAdapter as PeftAdapter
 from passes.prune import Prune as Prune
 from passes.trainable_tokens import TrainableTokens as TrainableTokens
 
-__all__ = ["Compose", "Ia3", "LayerNormTuning", "Lora", "Merge", "PeftAdapter", "Prune", "TrainableTokens"]
+__all__ = ["Adapter", "Compose", "Ia3", "LayerNormTuning", "Lora", "Merge", "PeftAdapter", "Prune", "TrainableTokens"]

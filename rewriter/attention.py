@@ -58,13 +58,17 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """`sum = skip + branch(skip)`: the addition, the value that is carried over, and the operations of the branch."""
+    """`sum = skip + branch(skip)`: the addition, the value that is carried over, and the operations of the branch.
+
+    `end` is the branch's last value. A block that adds attention and feed-forward at once has one entry for each.
+    """
 
     path: str
     node: Node
     skip: Node
     branch: frozenset[Node]
     has_attention: bool
+    end: Node
 
 
 def _attention_operands(node: Node) -> tuple[Node, Node, Node, Node] | None:
@@ -220,12 +224,39 @@ def residuals(program: Program) -> list[Residual]:
         sides = [a for a in node.args[:2] if isinstance(a, Node) and program.parameter_name(a) is None]
         if len(sides) != 2:
             continue
-        for branch, skip in (sides, sides[::-1]):
-            inside = _between(skip, branch)
-            if inside and any(_has_weight(program, n) for n in inside):
-                result.append(Residual(module_path(node), node, skip, inside, bool(inside & marks)))
+        for end, carried in (sides, sides[::-1]):
+            found = next(
+                ((skip, inside) for skip in _carried(carried) if _weighs(program, inside := _between(skip, end))), None
+            )
+            if found is not None:
+                result.extend(
+                    _terms(program, Residual(module_path(node), node, *found, bool(found[1] & marks), end), marks)
+                )
                 break
     return result
+
+
+def _carried(node: Node) -> list[Node]:
+    """What a branch may start from: the other addend, or a term of it (`(skip + attention) + feed_forward`)."""
+    terms = node.args[:2] if node.target in (aten.add.Tensor, aten.add_.Tensor) else ()
+    return [node, *(term for term in terms if isinstance(term, Node))]
+
+
+def _terms(program: Program, whole: Residual, marks: set[Node]) -> list[Residual]:
+    """The branch, or its two terms when one of them is an attention and the other is none."""
+    total = whole.end
+    while total.target in PASS_ON and isinstance(total.args[0], Node):
+        total = total.args[0]
+    if total.target not in (aten.add.Tensor, aten.add_.Tensor) or not whole.has_attention:
+        return [whole]
+    parts = [(end, _between(whole.skip, end)) for end in total.args[:2] if isinstance(end, Node)]
+    terms = [replace(whole, branch=inside, has_attention=bool(inside & marks), end=end) for end, inside in parts]
+    split = all(_weighs(program, term.branch) for term in terms) and {t.has_attention for t in terms} == {True, False}
+    return sorted(terms, key=lambda term: term.end) if split else [whole]
+
+
+def _weighs(program: Program, inside: frozenset[Node]) -> bool:
+    return any(_has_weight(program, node) for node in inside)
 
 
 def _has_weight(program: Program, node: Node) -> bool:
