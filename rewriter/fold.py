@@ -20,7 +20,7 @@ from rewriter.errors import RewriteError
 from rewriter.form import Form, NotAffine
 from rewriter.grouped import grouped
 from rewriter.module import TRAIN_FLAG
-from rewriter.program import Origin, Program, module_path
+from rewriter.program import Program, module_path
 from rewriter.region import (
     BIAS_INPUT,
     COMPUTED,
@@ -217,7 +217,7 @@ def _region(context: _Context, root: Node, base: Node, path: str, weight: str, e
     nodes = frozenset(between(root, end))
     reads = _reads(form) | form.offset_reads
     bias, source = own_bias(context.program, context.constants, base), root
-    if not any(Origin.of(node) for node in nodes):  # our own branches leave no casts, so any cast is the model's
+    if not reads & context.added:  # our own updates leave no casts, so any cast beside one is the model's
         end = after_casts(end, context.wrapper(nodes))
         if context.wrapper(nodes) != module_path(base):  # in its own module, a cast is the layer's
             source = before_casts(source, context.wrapper(nodes))
