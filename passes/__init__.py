@@ -3,7 +3,9 @@
 from passes.adalora import Adalora as Adalora
 from passes.adapter import Adapter as Adapter
 from passes.compose import Compose as Compose
+from passes.diff_pruning import Binarise as Binarise
 from passes.ia3 import Ia3 as Ia3
+from passes.intrinsic import Intrinsic as Intrinsic
 from passes.layer_norm_tuning import LayerNormTuning as LayerNormTuning
 from passes.loha import Loha as Loha
 from passes.lokr import Lokr as Lokr
@@ -11,14 +13,17 @@ from passes.lora import Lora as Lora
 from passes.merge import Merge as Merge
 from passes.peft import PeftAdapter as PeftAdapter
 from passes.prune import Prune as Prune
+from passes.select import Select as Select
 from passes.trainable_tokens import TrainableTokens as TrainableTokens
 from passes.vera import Vera as Vera
 
 __all__ = [
     "Adalora",
     "Adapter",
+    "Binarise",
     "Compose",
     "Ia3",
+    "Intrinsic",
     "LayerNormTuning",
     "Loha",
     "Lokr",
@@ -26,6 +31,7 @@ __all__ = [
     "Merge",
     "PeftAdapter",
     "Prune",
+    "Select",
     "TrainableTokens",
     "Vera",
 ]
