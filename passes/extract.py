@@ -14,7 +14,7 @@ from passes.peft_write import write_adapter
 from rewriter import verify
 from rewriter.errors import LawError, RewriteError, UsageError
 from rewriter.find import Sites, Targets, select
-from rewriter.formats.peft_config import short_names, short_patterns
+from rewriter.formats.peft_targets import short_names, short_patterns
 from rewriter.program import Program
 from rewriter.transform import Result, apply
 from rewriter.view import Linear, Site, layers, modules

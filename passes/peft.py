@@ -1,38 +1,44 @@
-"""A trained LoRA from a PEFT adapter directory, as a pass."""
+"""A trained adapter from a PEFT adapter directory, as a pass."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from passes.lora import Lora
-from passes.peft_place import LayerSite, ParameterSite, Place, place
+from passes.peft_method_sites import method_sites
+from passes.peft_place import Place, place
 from rewriter.edit import Edit
 from rewriter.errors import RewriteError, RewriteWarning, UsageError
 from rewriter.find import Miss, Sites, select
 from rewriter.formats import peft
-from rewriter.formats.peft_config import LoraConfig, short_names, short_patterns
+from rewriter.formats.json import read_json
+from rewriter.formats.peft_config import CONFIG, LoraConfig
+from rewriter.formats.peft_methods import LayerNormConfig
+from rewriter.formats.peft_targets import TargetedConfig, short_names, short_patterns
 from rewriter.formats.sniff import Kind, require
+from rewriter.norms import norms
 from rewriter.program import Program
-from rewriter.transform import FREE, Law, Result, apply
+from rewriter.transform import FREE, Law, Pass, Result, apply
 from rewriter.view import Conv, Embedding, Linear, layers, modules
 
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """Put the trained LoRA of a PEFT adapter directory onto the model it was trained on.
+    """Put the trained adapter of a PEFT directory onto the model it was trained on.
 
-        y = x Wᵀ + b      ->      y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ
+        y = x Wᵀ + b      ->      y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ      for a LoRA
 
-    Shapes: W [o, i], A [rank, i], B [o, rank], all as `Lora`, whose options follow from `adapter_config.json`. Trained
-    biases and `modules_to_save` replace what the program holds; a saved module that shares its weight is untied.
+    What is inserted, and its shapes, are those of the pass for the method that `adapter_config.json` names, whose
+    options follow from it. Trained biases and `modules_to_save` replace what the program holds; a saved module that
+    shares its weight is untied. Of prefixes and prompts PEFT saves what their encoder gave, not the encoder.
     `sha256` over both files is filled in when it is empty, and checked when it is not; a recipe records it beside the
-    directory's last name.
+    directory's last name. So is `config`, what the configuration of a method other than LoRA says.
 
     Raises `RewriteError` unless every tensor has exactly one place, every module of the configuration its tensors, and
     every shape, rank and base name agree (`force_base` lets the base name differ); `LawError` for NaN and infinity
@@ -49,6 +55,7 @@ class PeftAdapter:
     strict: bool = False
     force_base: bool = False
     allow_nonfinite: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict, metadata={"given": False})
 
     def __post_init__(self) -> None:
         if not self.adapter or "." in self.adapter:
@@ -58,12 +65,15 @@ class PeftAdapter:
             if not self.sha256:
                 require(self.directory, Kind.PEFT_ADAPTER)
                 object.__setattr__(self, "sha256", peft.digest(self.directory))
+            held = read_json(self.directory / CONFIG) if not self.config and self.directory.is_dir() else {}
+            if held.get("peft_type") not in (None, "LORA"):
+                object.__setattr__(self, "config", held)
 
     @property
     def law(self) -> Law:
         return FREE.because("the adapter is trained")
 
-    def find(self, program: Program) -> Sites[LayerSite | ParameterSite]:
+    def find(self, program: Program) -> Sites[Any]:
         if self.directory is None:
             raise UsageError("no adapter directory given", fix="Name the directory that holds adapter_config.json.")
         read = read_adapter(
@@ -82,23 +92,24 @@ class PeftAdapter:
             )
         return read.sites
 
-    def rewrite(self, site: LayerSite | ParameterSite, edit: Edit) -> None:
+    def rewrite(self, site: Any, edit: Edit) -> None:
         site.rewrite(edit)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter directory, checked against one program: the LoRA it is, and where every tensor goes."""
+    """An adapter directory, checked against one program: the pass it means, and where every tensor goes."""
 
     directory: Path
-    lora: Lora
-    sites: Sites[LayerSite | ParameterSite]
+    adapter: str
+    pass_: Pass
+    sites: Sites[Any]
     sha256: str
-    options: Mapping[str, bool]
+    options: Mapping[str, Any]
 
     def apply(self, program: Program, *, check: bool = True) -> Result:
         """The program with the trained adapter, by one step named `peft` that `undo` takes back."""
-        step = PeftAdapter(self.directory, self.sha256, self.lora.adapter, **self.options)
+        step = PeftAdapter(self.directory, self.sha256, self.adapter, **self.options)
         return apply(program, step, check=check)
 
 
@@ -111,26 +122,32 @@ def read_adapter(
     force_base: bool = False,
     allow_nonfinite: bool = False,
 ) -> Adapter:
-    """Read a PEFT LoRA directory for a program; nothing is changed. Raises as `PeftAdapter`."""
+    """Read a PEFT directory for a program; nothing is changed. Raises as `PeftAdapter`."""
     files = peft.read(Path(directory), strict=strict, allow_nonfinite=allow_nonfinite)
-    config = files.config
     if not force_base:
         _check_base(files, program)
     where = place(files, program)
     if not where.identity:
         warnings.warn(f"{files.directory} was made for another wrapping: {where}", RewriteWarning, stacklevel=2)
-    _check_coverage(files, program, where)
-    lora = _lora(config, program, where, adapter)
-    found = [site for path in files.lora if (site := where.layer(lora, path)) is not None]
+    if isinstance(files.config, TargetedConfig):
+        _check_coverage(files.config, program, where)
+    pass_, sites = _sites(program, where, adapter)
+    options = {"strict": strict, "force_base": force_base, "allow_nonfinite": allow_nonfinite}
+    return Adapter(files.directory, adapter, pass_, sites, files.sha256, options)
+
+
+def _sites(program: Program, where: Place, adapter: str) -> tuple[Pass, Sites[Any]]:
+    files = where.files
+    if not isinstance(files.config, LoraConfig):
+        return method_sites(where, program, adapter)
+    lora = _lora(files.config, program, where, adapter)
+    found = [site for path in where.paths if (site := where.layer(lora, path)) is not None]
     order = {path: number for number, path in enumerate(layers(program))}
     found.sort(key=lambda site: order[site.path])
-    _warn_without_effect(files)
-    sites: Sites[LayerSite | ParameterSite] = Sites(
-        (*where.parameters(lora, [site.path for site in found]), *found),
-        tuple(Miss(where.there(path), "the program never runs this module") for path in where.idle),
-    )
-    options = {"strict": strict, "force_base": force_base, "allow_nonfinite": allow_nonfinite}
-    return Adapter(files.directory, lora, sites, files.sha256, options)
+    _warn_without_effect(files, files.config)
+    missed = tuple(Miss(where.there(path), "the program never runs this module") for path in where.idle)
+    trained = set(lora.trained_beside(program, [site.path for site in found]))
+    return lora, Sites((*where.parameters(trained), *found), missed)
 
 
 def _check_base(files: peft.PeftFiles, program: Program) -> None:
@@ -144,17 +161,23 @@ def _check_base(files: peft.PeftFiles, program: Program) -> None:
         )
 
 
-def _check_coverage(files: peft.PeftFiles, program: Program, where: Place) -> None:
+def _check_coverage(config: TargetedConfig, program: Program, where: Place) -> None:
     """The configuration and the tensors must mean the same modules."""
-    config, held = files.config, set(files.lora)
-    candidates = {where.here(site.path): site for site in layers(program).values()}
+    files, held = where.files, set(where.paths)
+    if isinstance(config, LayerNormConfig):
+        held = {name.rpartition(".")[0] for name in files.base}
+        candidates = {where.here(norm.path) for norm in norms(program)}
+    else:
+        candidates = {where.here(site.path) for site in layers(program).values()}
     wanted = {path for path in candidates if config.wants(path)}
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = {where.here(site.path) for site in select(program, "all-linear", kinds=(Linear, Conv, Embedding))}
         wanted &= linear
     problems = {
         "the configuration targets, but the weights lack": sorted(wanted - held),
-        "the weights hold, but the configuration does not target": sorted(p for p in held if not config.wants(p)),
+        "the weights hold, but the configuration does not target": sorted(
+            path for path in held if not config.wants(path) and not any(config.wants(p) for p in where.tied(path))
+        ),
     }
     for what, paths in problems.items():
         if paths:
@@ -167,14 +190,14 @@ def _check_coverage(files: peft.PeftFiles, program: Program, where: Place) -> No
     if idle:
         raise UsageError(
             f"{files.directory}: {idle[0]} matches no module",
-            evidence=[f"modules with a LoRA: {', '.join(sorted(held)[:6])}", *idle[1:8]],
+            evidence=[f"adapted modules: {', '.join(sorted(held)[:6])}", *idle[1:8]],
             fix="Remove it from adapter_config.json, or use the model that has such a module.",
         )
 
 
 def _lora(config: LoraConfig, program: Program, where: Place, adapter: str) -> Lora:
     """The LoRA pass that builds what the configuration describes, in the paths of this program."""
-    here = {where.there(path): path for path in where.files.lora if path not in where.idle}
+    here = {where.there(path): path for path in where.paths if path not in where.idle}
     if not here:
         raise RewriteError(f"{where.files.directory}: the program runs none of its modules")
     rank, ranks = short_patterns({path: config.rank_of(old) for path, old in here.items()})
@@ -208,12 +231,12 @@ def _lora(config: LoraConfig, program: Program, where: Place, adapter: str) -> L
     )
 
 
-def _warn_without_effect(files: peft.PeftFiles) -> None:
-    if files.base or files.config.use_dora or files.config.init_lora_weights in ("pissa", "olora"):
+def _warn_without_effect(files: peft.PeftFiles, config: LoraConfig) -> None:
+    if files.base or config.use_dora or config.init_lora_weights in ("pissa", "olora"):
         return
 
     def is_zero(tensors: Mapping[str, torch.Tensor]) -> bool:
         return any(not tensors[kind].any() for pair in peft.PAIRS.items() for kind in pair if kind in tensors)
 
-    if not any("lora_B_bias" in tensors or not is_zero(tensors) for tensors in files.lora.values()):
+    if not any("lora_B_bias" in tensors or not is_zero(tensors) for tensors in files.modules.values()):
         warnings.warn(f"{files.directory}: every B is zero, the adapter has no effect", RewriteWarning, stacklevel=3)

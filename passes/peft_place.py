@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,7 +35,7 @@ class LayerSite:
             name = f"{self.path}.{kind}.{self.lora.adapter}"
             before = edit.program.tensor(name)
             if before.shape != value.shape:
-                raise _misfit(f"{self.path}: {kind}", before.shape, value.shape)
+                raise misfit(f"{self.path}: {kind}", before.shape, value.shape)
             edit.program.store(name, value.to(before.dtype))
 
 
@@ -77,6 +77,11 @@ class Place:
     def identity(self) -> bool:
         return not self.drop and not self.add
 
+    @property
+    def paths(self) -> list[str]:
+        """The adapted modules, as the adapter calls them."""
+        return [path for path in self.files.modules if path]
+
     def there(self, path: str) -> str:
         """A path of the adapter as the program calls it."""
         return self.add + path.removeprefix(self.drop)
@@ -89,7 +94,7 @@ class Place:
     def unplaced(self) -> list[str]:
         """The names in the adapter that have no place."""
         known, tensors = modules(self.program), self.program.tensors
-        lost = [path for path in self.files.lora if not path.startswith(self.drop) or self.there(path) not in known]
+        lost = [path for path in self.paths if not path.startswith(self.drop) or self.there(path) not in known]
         return lost + [n for n in self.files.base if not n.startswith(self.drop) or self.there(n) not in tensors]
 
     @cached_property
@@ -101,7 +106,13 @@ class Place:
             for node in self.program.graph.nodes
             if (name := self.program.parameter_name(node)) and name.endswith(".weight") and not node.users
         }
-        return frozenset(p for p in self.files.lora if self.there(p) not in found and self.there(p) in unused)
+        return frozenset(p for p in self.paths if self.there(p) not in found and self.there(p) in unused)
+
+    def tied(self, path: str) -> set[str]:
+        """The other modules, as the adapter calls them, that share the weight of one."""
+        weight = f"{self.there(path)}.weight"
+        groups = (group for group in self.program.tied() if weight in group)
+        return {self.here(name.rpartition(".")[0]) for group in groups for name in group if name != weight}
 
     def saves(self, name: str) -> bool:
         """Whether `modules_to_save` entry `name` has a saved tensor."""
@@ -112,7 +123,7 @@ class Place:
         """The site of one adapted module; None for one that the program never runs."""
         if path in self.idle:
             return None
-        tensors = self.files.lora[path]
+        tensors = self.files.modules[path]
         embeds = "lora_embedding_A" in tensors
         there = self.there(path)
         sites = [site for site in layers(self.program).values() if site.path == there]
@@ -127,20 +138,19 @@ class Place:
         _check_shapes(site, lora, tensors)
         return LayerSite(site, lora, tensors)
 
-    def parameters(self, lora: Lora, adapted: Iterable[str]) -> list[ParameterSite]:
-        """The parameters of the base that the adapter brings or trains, in the adapter's order."""
+    def parameters(self, trained: Collection[str]) -> list[ParameterSite]:
+        """The parameters of the base that the adapter brings, or trains as `trained` says, in the adapter's order."""
         config, tensors = self.files.config, self.program.tensors
-        trained = set(lora.trained_beside(self.program, list(adapted)))
         result = []
         for key, value in self.files.base.items():
             name = self.there(key)
             if tensors[name].shape != value.shape:
-                raise _misfit(name, tensors[name].shape, value.shape)
+                raise misfit(name, tensors[name].shape, value.shape)
             saved = config.saves(key.rpartition(".")[0])
             if name in trained or not torch.equal(tensors[name].to(value.dtype), value):
                 result.append(ParameterSite(name, value, name in trained, alone=saved))
         named = {site.path for site in result}
-        missing = sorted(trained - named)
+        missing = sorted({*trained} - named)
         lost = [name for name in missing if config.saves(self.here(name).rpartition(".")[0])]
         if lost:
             raise RewriteError(
@@ -157,9 +167,9 @@ def place(files: PeftFiles, program: Program) -> Place:
     Raises `RewriteError` when there is none, naming what has no place, and when there are several.
     """
     same = Place(files, program, "", "")
-    if not same.unplaced:
+    if not same.unplaced:  # also what names no module at all
         return same
-    names = [*files.lora, *files.base]
+    names = [*same.paths, *files.base]
     starts = _starts(names[0])
     shared = [start for start in starts if all(name.startswith(start) for name in names)]
     tries = [Place(files, program, start, "") for start in shared]
@@ -212,7 +222,8 @@ def _check_shapes(site: Site, lora: Lora, tensors: Mapping[str, torch.Tensor]) -
     )
 
 
-def _misfit(name: str, wanted: Iterable[int], given: Iterable[int]) -> RewriteError:
+def misfit(name: str, wanted: Iterable[int], given: Iterable[int]) -> RewriteError:
+    """The error for a tensor of another shape."""
     return RewriteError(
         f"{name} has another shape in the adapter",
         evidence=[f"adapter: {list(given)}", f"program: {list(wanted)}"],

@@ -1,4 +1,4 @@
-"""The LoRA of a program as a PEFT adapter directory."""
+"""The adapter of a program as a PEFT adapter directory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from passes.peft_branches import STEPS, Branch, adapters, branches, on_original
+from passes.peft_write_method import method_files, type_of
 from rewriter.errors import RewriteError, UsageError
 from rewriter.formats import peft
-from rewriter.formats.peft_config import KNOWN_VERSION, LoraConfig, short_names, short_patterns
+from rewriter.formats.peft_config import KNOWN_VERSION, LoraConfig
+from rewriter.formats.peft_targets import short_names, short_patterns
 from rewriter.program import Program, Step
 from rewriter.view import Embedding, Linear, modules
 
@@ -26,7 +28,7 @@ def write_adapter(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the LoRA named `adapter` as the directory that `PeftModel.from_pretrained` reads; returns where it is.
+    """Write the adapter named `adapter` as the directory that `PeftModel.from_pretrained` reads; returns where it is.
 
     An adapter of another name than `default` goes into a subdirectory of that name, as PEFT does. LoRAs on slices of a
     fused projection become one of the summed rank. A LoRA that took its start out of the base weight (pissa, olora)
@@ -34,6 +36,49 @@ def write_adapter(
 
     Raises `UsageError` when the program has no such adapter, `RewriteError` for what such a directory cannot hold.
     """
+    place = Path(directory)
+    if adapter != "default":
+        place = place / adapter
+    method = _method(program, adapter)
+    if method is not None:
+        config, tensors = method_files(program, method, adapter, _common(program, base_model))
+    else:
+        config, tensors = _lora_files(program, adapter, base_model)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return peft.write(place, config, tensors, overwrite=overwrite)
+
+
+def _method(program: Program, adapter: str) -> Step | None:
+    """The step that made an adapter that is no LoRA; refused beside other steps, which the directory could not hold."""
+    made = [step for step in program.steps if type_of(step) and step.options.get("adapter", "default") == adapter]
+    if not made:
+        names = [str(step.options.get("adapter", "default")) for step in program.steps]
+        if adapter not in names:
+            raise UsageError(
+                f"the program has no adapter named {adapter!r}",
+                evidence=[f"it has: {', '.join(dict.fromkeys(names)) or 'none'}"],
+                fix="Apply one first, or name one of these.",
+            )
+        return None
+    if len(program.steps) > 1:
+        raise RewriteError(
+            f"the program has more than the pass {made[0].name}, and a PEFT directory holds one method",
+            evidence=[f"passes: {', '.join(step.name for step in program.steps)}"],
+            fix="Undo the others first, or export the whole model.",
+        )
+    return made[0]
+
+
+def _common(program: Program, base_model: str | None) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": base_model or program.metadata.get("huggingface", {}).get("directory"),
+        "task_type": _task(program),
+    }
+
+
+def _lora_files(
+    program: Program, adapter: str, base_model: str | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     steps = _steps(program, adapter)
     found = [on_original(program, steps, branch) for branch in branches(program, steps, adapter)]
     saved, biases = _trained_base(steps)
@@ -43,11 +88,7 @@ def write_adapter(
     for name in (*_inside(program, saved), *biases, *_changed(steps, found)):
         owner, _, leaf = name.rpartition(".")
         tensors[f"{peft.PREFIX}{owner}.{'base_layer.' if owner in adapted else ''}{leaf}"] = program.tensor(name)
-    place = Path(directory)
-    if adapter != "default":
-        place.mkdir(parents=True, exist_ok=True)
-        place = place / adapter
-    return peft.write(place, config, tensors, overwrite=overwrite)
+    return config, tensors
 
 
 def _steps(program: Program, adapter: str) -> list[Step]:
@@ -120,8 +161,7 @@ def _config(
     known = [path for path in modules(program) if ".lora_" not in f".{path}."]
     config = {
         **_DEFAULTS,
-        "base_model_name_or_path": base_model or program.metadata.get("huggingface", {}).get("directory"),
-        "task_type": _task(program),
+        **_common(program, base_model),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,

@@ -63,10 +63,12 @@ class Field:
 
 
 def fields(kind: type) -> tuple[Field, ...]:
-    """The fields of a pass, in order."""
+    """The fields of a pass that a user may give, in order."""
     hints = get_type_hints(kind)
     found = []
     for each in dataclasses.fields(kind):
+        if not each.metadata.get("given", True):
+            continue
         default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
         found.append(Field(each.name, _bare(hints[each.name]), default))
     return tuple(found)

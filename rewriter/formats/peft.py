@@ -1,4 +1,4 @@
-"""PEFT LoRA adapter directories: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""PEFT adapter directories: `adapter_config.json` beside `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ from rewriter.formats import pickle, safetensors
 from rewriter.formats.atomic import write_directory
 from rewriter.formats.files import open_regular
 from rewriter.formats.peft_config import CONFIG, LoraConfig, read_config
+from rewriter.formats.peft_targets import AdapterConfig
 from rewriter.formats.sniff import Kind, require
 
 WEIGHTS = "adapter_model.safetensors"
 LEGACY_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
-# ending of a key in the file -> kind of the tensor, which is the name this project gives the parameter
-ENDINGS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_B.bias": "lora_B_bias",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-}
+ENDINGS = LoraConfig.endings
 PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 _BLOCK_BYTES = 1 << 20
@@ -41,19 +34,20 @@ _BLOCK_BYTES = 1 << 20
 class PeftFiles:
     """What an adapter directory holds.
 
-    `lora` is module path -> kind -> tensor, kinds as in `ENDINGS`; `base` is parameter name -> tensor for what was
-    trained or kept of the base model; `sha256` is over the bytes of both files.
+    `modules` is module path -> kind -> tensor, kinds as the configuration's `endings` name them, with an empty path for
+    what belongs to no module; `base` is parameter name -> tensor for what was trained or kept of the base model;
+    `sha256` is over the bytes of both files.
     """
 
     directory: Path
-    config: LoraConfig
-    lora: Mapping[str, Mapping[str, torch.Tensor]]
+    config: AdapterConfig
+    modules: Mapping[str, Mapping[str, torch.Tensor]]
     base: Mapping[str, torch.Tensor]
     sha256: str
 
 
 def read(directory: Path, *, strict: bool = False, allow_nonfinite: bool = False) -> PeftFiles:
-    """Read and check a LoRA adapter directory by itself, without the model it belongs to.
+    """Read and check an adapter directory by itself, without the model it belongs to.
 
     Raises `RewriteError` when a file is missing or damaged, when a module lacks A or B, when ranks disagree with each
     other or the configuration; `LawError` for NaN or infinity unless `allow_nonfinite`.
@@ -62,13 +56,14 @@ def read(directory: Path, *, strict: bool = False, allow_nonfinite: bool = False
     config = read_config(directory, strict=strict)
     weights = _weights(directory)
     held = safetensors.load(weights) if weights.name == WEIGHTS else pickle.load_state_dict(weights)
-    _check_numbers(weights, held, allow_nonfinite)
-    lora, base = _sort(weights, _normalised(weights, held))
-    for path, tensors in lora.items():
-        _check_pair(weights, path, tensors)
-        _check_extras(weights, config, path, tensors)
-    _check_ranks(directory, config, lora)
-    return PeftFiles(directory, config, lora, base, digest(directory))
+    _check_numbers(weights, config, held, allow_nonfinite)
+    modules, base = _sort(weights, config, _normalised(weights, config, held))
+    if isinstance(config, LoraConfig):
+        for path, tensors in modules.items():
+            _check_pair(weights, path, tensors)
+            _check_extras(weights, config, path, tensors)
+        _check_ranks(directory, config, modules)
+    return PeftFiles(directory, config, modules, base, digest(directory))
 
 
 def digest(directory: Path) -> str:
@@ -116,12 +111,18 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _check_numbers(path: Path, held: Mapping[str, torch.Tensor], allow_nonfinite: bool) -> None:
-    integers = [f"{n}: {t.dtype}".replace("torch.", "") for n, t in held.items() if not t.is_floating_point()]
-    integers = [line for line in integers if "lora_" in line]
+def _check_numbers(path: Path, config: AdapterConfig, held: Mapping[str, torch.Tensor], allow_nonfinite: bool) -> None:
+    kinds = set(config.endings.values())
+    integers = [
+        f"{name}: {tensor.dtype}".replace("torch.", "")
+        for name, tensor in held.items()
+        if not tensor.is_floating_point() and kinds & set(name.split("."))
+    ]
     if integers:
         raise RewriteError(
-            f"{path}: A and B must be floating-point", evidence=integers[:8], fix="Save it without quantisation."
+            f"{path}: the tensors of an adapter must be floating-point",
+            evidence=integers[:8],
+            fix="Save it without quantisation.",
         )
     bad = {name: int((~torch.isfinite(t.float())).sum()) for name, t in held.items()}
     lines = [f"{name}: {count} of {held[name].numel()} values" for name, count in bad.items() if count]
@@ -131,12 +132,12 @@ def _check_numbers(path: Path, held: Mapping[str, torch.Tensor], allow_nonfinite
         )
 
 
-def _normalised(path: Path, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _normalised(path: Path, config: AdapterConfig, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors under keys without `base_model.model.`, wrappers and adapter names; unusual ones are reported."""
     result: dict[str, torch.Tensor] = {}
     unusual: list[str] = []
     for key, tensor in held.items():
-        name, usual = _normal_key(key)
+        name, usual = _normal_key(key, config)
         if ".original_module." in name:
             continue  # what a saved module was before training
         if name in result and not torch.equal(result[name], tensor):
@@ -150,7 +151,10 @@ def _normalised(path: Path, held: Mapping[str, torch.Tensor]) -> dict[str, torch
     return result
 
 
-def _normal_key(key: str) -> tuple[str, bool]:
+def _normal_key(key: str, config: AdapterConfig) -> tuple[str, bool]:
+    name = key.removeprefix("base_model.")
+    if name in config.root:
+        return name, True
     name = key
     while True:
         start = next((p for p in (*_WRAPPERS, PREFIX) if name.startswith(p)), None)
@@ -162,27 +166,33 @@ def _normal_key(key: str) -> tuple[str, bool]:
     name = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", name)
     name = re.sub(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.(?:[^.]+)(?:\.weight)?$", r".\1", name)
     usual = key == PREFIX + name
+    name = name.replace(".ln_tuning_layers.", ".")
     return re.sub(r"\.modules_to_save\.(?:default\.)?", ".", name), usual
 
 
-def _sort(path: Path, held: Mapping[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    lora: dict[str, dict[str, torch.Tensor]] = {}
+def _sort(
+    path: Path, config: AdapterConfig, held: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     base: dict[str, torch.Tensor] = {}
+    marks = {f".{kind.partition('_')[0]}_" for kind in config.endings.values() if kind not in config.root}
     for name, tensor in held.items():
-        ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
+        ending = next((e for e in config.endings if f".{name}".endswith("." + e)), None)
         if ending is not None:
-            lora.setdefault(name.removesuffix("." + ending), {})[ENDINGS[ending]] = tensor
-        elif ".lora_" in name:
+            modules.setdefault(name.removesuffix(ending).removesuffix("."), {})[config.endings[ending]] = tensor
+        elif any(mark in name for mark in marks):
             raise RewriteError(
-                f"{path}: {name} is no tensor of a LoRA",
-                evidence=[f"known endings: {', '.join(ENDINGS)}"],
+                f"{path}: {name} is no tensor of {config.peft_type}",
+                evidence=[f"known endings: {', '.join(config.endings)}"],
                 fix="Save the adapter again with PEFT.",
             )
         else:
             base[name.replace(".base_layer.", ".")] = tensor
-    if not lora:
-        raise RewriteError(f"{path} holds no LoRA at all", evidence=list(held)[:6], fix="Check what saved it.")
-    return lora, base
+    if config.endings and not modules:
+        raise RewriteError(
+            f"{path} holds nothing of {config.peft_type} at all", evidence=list(held)[:6], fix="Check what saved it."
+        )
+    return modules, base
 
 
 def _check_pair(path: Path, module: str, tensors: Mapping[str, torch.Tensor]) -> None:

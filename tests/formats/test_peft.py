@@ -74,14 +74,14 @@ FIELDS: list[tuple[dict[str, Any], type[RewriteError], str]] = [
         {"peft_type": "lora"},
         RewriteError,
         """DIR/adapter_config.json: peft_type is 'lora'
-  supported: LORA
+  supported: LORA, IA3, LOHA, LOKR, VERA, ADALORA, LN_TUNING, TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING, P_TUNING
 Merge this adapter in PEFT and trace the merged model, or trace the PEFT model itself.""",
     ),
     (
-        {"peft_type": "IA3"},
+        {"peft_type": "OFT"},
         RewriteError,
-        """DIR/adapter_config.json: peft_type is 'IA3'
-  supported: LORA
+        """DIR/adapter_config.json: peft_type is 'OFT'
+  supported: LORA, IA3, LOHA, LOKR, VERA, ADALORA, LN_TUNING, TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING, P_TUNING
 Merge this adapter in PEFT and trace the merged model, or trace the PEFT model itself.""",
     ),
     (
@@ -156,7 +156,7 @@ Save the adapter again with PEFT.""",
         {"target_modules": ["q_proj", "v_proj", "v_projj"]},
         UsageError,
         """DIR: target_modules 'v_projj' matches no module
-  modules with a LoRA: model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj, \
+  adapted modules: model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj, \
 model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj
 Remove it from adapter_config.json, or use the model that has such a module.""",
     ),
@@ -164,7 +164,7 @@ Remove it from adapter_config.json, or use the model that has such a module.""",
         {"alpha_pattern": {"k_proj": 3}},
         UsageError,
         """DIR: alpha_pattern 'k_proj' matches no module
-  modules with a LoRA: model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj, \
+  adapted modules: model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj, \
 model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj
 Remove it from adapter_config.json, or use the model that has such a module.""",
     ),
@@ -260,7 +260,7 @@ Use the model this adapter was trained on; `rewriter inspect MODEL` lists its la
         "an unknown tensor",
         with_(**{LAYER + "lora_C.weight": torch.ones(2)}),
         RewriteError,
-        """DIR/adapter_model.safetensors: model.layers.0.self_attn.q_proj.lora_C.weight is no tensor of a LoRA
+        """DIR/adapter_model.safetensors: model.layers.0.self_attn.q_proj.lora_C.weight is no tensor of LORA
   known endings: lora_A.weight, lora_B.weight, lora_B.bias, lora_embedding_A, lora_embedding_B, lora_magnitude_vector
 Save the adapter again with PEFT.""",
     ),
@@ -303,7 +303,7 @@ Train again; or allow it: --allow-nonfinite.""",
         "integers",
         with_(**{LAYER + "lora_B.weight": torch.ones(24, 4, dtype=torch.int8)}),
         RewriteError,
-        """DIR/adapter_model.safetensors: A and B must be floating-point
+        """DIR/adapter_model.safetensors: the tensors of an adapter must be floating-point
   base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight: int8
 Save it without quantisation.""",
     ),
@@ -328,7 +328,7 @@ A resized vocabulary needs the resized base model; else use the base this adapte
         "no LoRA",
         lambda _: {P + "lm_head.weight": torch.ones(31, 24)},
         RewriteError,
-        """DIR/adapter_model.safetensors holds no LoRA at all
+        """DIR/adapter_model.safetensors holds nothing of LORA at all
   lm_head.weight
 Check what saved it.""",
     ),
@@ -414,7 +414,7 @@ def test_known_other_spellings_of_keys_are_read_and_reported(rename: Callable[[s
     odd = write(tmp_path / "odd", {rename(key): tensor for key, tensor in tensors.items()})
     with pytest.warns(RewriteWarning, match="keys are not as PEFT writes them"):
         read = read_adapter(odd, traced("llama"))
-    assert read.lora == plain.lora
+    assert read.pass_ == plain.pass_
     assert [site.path for site in read.sites] == [site.path for site in plain.sites]
 
 
@@ -439,7 +439,7 @@ def test_a_legacy_file_is_read_and_one_with_code_is_not(tmp_path: Path) -> None:
     (directory / "adapter_model.safetensors").unlink()
     torch.save(tensors, directory / "adapter_model.bin")
     read = peft.read(directory)
-    assert torch.equal(read.lora["model.layers.0.self_attn.q_proj"]["lora_A"], tensors[LAYER + "lora_A.weight"])
+    assert torch.equal(read.modules["model.layers.0.self_attn.q_proj"]["lora_A"], tensors[LAYER + "lora_A.weight"])
     torch.save({"a": torch.nn.Linear(2, 3)}, directory / "adapter_model.bin")
     assert "executes code" in message(directory, UnsafeError)
 

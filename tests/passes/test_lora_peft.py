@@ -259,7 +259,7 @@ def test_what_peft_would_not_understand_is_not_written(tmp_path: Path) -> None:
     def written(*steps: Any, adapter: str = "default") -> None:
         write_adapter(rewriter.apply(traced("llama"), *steps).program, tmp_path / "x", adapter=adapter)
 
-    with pytest.raises(UsageError, match="no LoRA named 'other'"):
+    with pytest.raises(UsageError, match="no adapter named 'other'"):
         written(Lora(targets=("q_proj",)), adapter="other")
     with pytest.raises(RewriteError, match="use_dora is not the same for all layers"):
         written(Lora(targets=("q_proj",)), Lora(targets=("v_proj",), dora=True))
