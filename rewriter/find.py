@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import regex
+from torch.fx import Node
 
 from rewriter.attention import Attention, attentions, is_output_head, mlp_layers
 from rewriter.errors import UsageError, closest
-from rewriter.program import Program
+from rewriter.program import Origin, Program
 from rewriter.view import Layer, Linear, Site, layers, modules
 
 V = TypeVar("V")
@@ -86,6 +87,14 @@ def select(
                 missed.append(Miss(site.path, "not among the layers to transform"))
             else:
                 chosen.setdefault((site.path, getattr(site, "part", None)), site)
+    patched = next((site for site in chosen.values() if site.patched), None)
+    if patched is not None:
+        name = next((o.name for node in patched.calls for o in _origins(node)), "")
+        raise UsageError(
+            f"{patched.path} applies a weight that the pass {name} computes",
+            evidence=["a second change of this layer would act on the weight as it was before"],
+            fix=f"Merge or undo {name} first, or name other layers.",
+        )
     if not chosen:
         raise UsageError(
             f"targets {_shown(targets)} match only layers that are excluded",
@@ -94,6 +103,10 @@ def select(
         )
     order = {path: index for index, path in enumerate(found)}
     return Sites(tuple(sorted(chosen.values(), key=lambda s: order.get(s.path, 0))), tuple(missed))
+
+
+def _origins(call: Node) -> list[Origin]:
+    return [origin for source in call.all_input_nodes if (origin := Origin.of(source)) is not None]
 
 
 def parse_targets(text: str) -> Targets:

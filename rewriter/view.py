@@ -46,6 +46,7 @@ class Layer:
     in_features: int
     out_features: int
     tied: tuple[str, ...] = ()  # other names and users of the same tensor
+    patched: bool = False  # what the layer applies is no more the weight itself, but a value that a pass computes of it
 
     @property
     def kind(self) -> str:
@@ -132,6 +133,25 @@ def weight_of(program: Program, node: object) -> tuple[str, bool] | None:
     return None
 
 
+def _applied(program: Program, node: object) -> tuple[str, bool] | None:
+    """As `weight_of`, also through values that a pass computes and that stand for a parameter."""
+    found = weight_of(program, node)
+    transposed = False
+    while found is None and isinstance(node, Node):
+        origin = Origin.of(node)
+        if origin is not None and origin.stands_for is not None:
+            node = next((source for source in node.all_input_nodes if source.name == origin.stands_for), None)
+            name = program.parameter_name(node)
+            if name is not None:
+                return name, transposed
+            continue
+        if node.op != "call_function" or not (swaps(node) or node.target in NO_CHANGE):
+            return None
+        transposed = transposed != swaps(node)
+        node = node.args[0]
+    return found
+
+
 def swaps(node: Node) -> bool:
     """Whether an operation transposes a matrix, or each of a stack of matrices."""
     ndim = node.meta["val"].ndim if "val" in node.meta and hasattr(node.meta["val"], "ndim") else 0
@@ -148,29 +168,29 @@ def swaps(node: Node) -> bool:
 
 
 def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | None, bool] | None:
-    """(kind, weight, bias, stored transposed) of an operation that applies a bare parameter."""
+    """(kind, weight, bias, stored transposed) of an operation that applies a parameter."""
     target, args = node.target, node.args
     if target is aten.linear.default:
-        found = weight_of(program, args[1])
+        found = _applied(program, args[1])
         bias = weight_of(program, args[2]) if len(args) > 2 else None
         return found and (Linear, found[0], bias and bias[0], found[1])
     if target is aten.addmm.default:
-        found, bias = weight_of(program, args[2]), weight_of(program, args[0])
+        found, bias = _applied(program, args[2]), weight_of(program, args[0])
         return found and (Linear, found[0], bias and bias[0], not found[1])
     if target in (aten.mm.default, aten.matmul.default):
-        found = weight_of(program, args[1])
+        found = _applied(program, args[1])
         if found and node.args[1].meta["val"].ndim == 2 and weight_of(program, args[0]) is None:  # type: ignore[union-attr]
             return Linear, found[0], None, not found[1]
     if target in CONVOLUTIONS:
-        found = weight_of(program, args[1])
+        found = _applied(program, args[1])
         bias = weight_of(program, args[2]) if len(args) > 2 else None
         return (Conv, found[0], bias and bias[0], False) if found and not found[1] else None
     if target is aten.embedding.default:
-        found = weight_of(program, args[0])
+        found = _applied(program, args[0])
         return (Embedding, found[0], None, False) if found and not found[1] else None
     product = grouped(node)
     if product is not None and weight_of(program, product.data) is None:
-        found = weight_of(program, product.weight)
+        found = _applied(program, product.weight)
         return found and (Experts, found[0], None, found[1] != product.inputs_first)
     return None
 
@@ -199,7 +219,9 @@ def layers(program: Program) -> dict[str, Site]:
             found[key] = replace(found[key], calls=(*found[key].calls, node))
             continue
         others = tuple(n for n in aliases.get(weight, ()) if n != name)
-        found[key] = _make(program, node, kind, path, weight, bias, transposed, others)
+        site = _make(program, node, kind, path, weight, bias, transposed, others)
+        bare = [held[0] for source in node.all_input_nodes if (held := weight_of(program, source))]
+        found[key] = replace(site, patched=weight not in bare)
     return _named(found)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rewriter
+from passes import TrainableTokens
 from rewriter.errors import UsageError
 from rewriter.find import Sites, parse_targets, select
 from rewriter.program import Program
-from rewriter.view import Conv, Embedding, Linear
+from rewriter.view import Conv, Embedding, Linear, layers
 from tests.models import TINY, traced
 
 KINDS = (Linear, Conv, Embedding)
@@ -306,3 +307,19 @@ def test_a_hand_written_fused_block() -> None:
         assert (site.part.start, site.part.stop) == (start, stop)
     assert by_us(program, targets=("@attention.output",)) == {"harbour"}
     assert by_us(program, targets=("@mlp",)) == {"first", "second"}
+
+
+def test_a_layer_whose_weight_a_pass_computes_is_found_but_not_changed_again() -> None:
+    base = traced("llama")
+    program = rewriter.apply(base, TrainableTokens(token_indices=(3, 11))).program
+    before, after = layers(base), layers(program)
+    assert list(after) == list(before)
+    assert [path for path, site in after.items() if site.patched] == ["model.embed_tokens"]
+    assert after["model.embed_tokens"].weight == "model.embed_tokens.weight"
+    assert len(select(program, "all-linear", kinds=(Linear,)).found) == len(
+        select(base, "all-linear", kinds=(Linear,)).found
+    )
+    with pytest.raises(UsageError, match=r"embed_tokens applies a weight that the pass trainable_tokens computes"):
+        select(program, ("embed_tokens",), kinds=(Embedding,))
+    tied = rewriter.apply(traced("llama_tied"), TrainableTokens(token_indices=(3, 11))).program
+    assert {path for path, site in layers(tied).items() if site.patched} == {"model.embed_tokens", "lm_head"}
