@@ -12,6 +12,7 @@ from passes.lokr import Lokr as Lokr
 from passes.lora import Lora as Lora
 from passes.merge import Merge as Merge
 from passes.peft import PeftAdapter as PeftAdapter
+from passes.prefix import Prefix as Prefix
 from passes.prune import Prune as Prune
 from passes.select import Select as Select
 from passes.trainable_tokens import TrainableTokens as TrainableTokens
@@ -30,6 +31,7 @@ __all__ = [
     "Lora",
     "Merge",
     "PeftAdapter",
+    "Prefix",
     "Prune",
     "Select",
     "TrainableTokens",

@@ -14,7 +14,18 @@ from rewriter.program import Program, module_path
 from rewriter.view import NO_CHANGE, Embedding, Experts, Linear, Part, Site, layers, top
 
 aten = torch.ops.aten
-ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self}
+ELEMENTWISE = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.tanh.default,  # scores may be capped
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+}
 SHAPES = {
     aten.view.default,
     aten.reshape.default,
@@ -57,6 +68,17 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Operands:
+    """The values that meet in an attention, and its result; `scores` is None when one operation does it all."""
+
+    query: Node
+    key: Node
+    value: Node
+    result: Node
+    scores: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Residual:
     """`sum = skip + branch(skip)`: the addition, the value that is carried over, and the operations of the branch.
 
@@ -71,28 +93,38 @@ class Residual:
     end: Node
 
 
-def _attention_operands(node: Node) -> tuple[Node, Node, Node, Node] | None:
-    """(query, key, value, result) of an attention that ends or sits at this node."""
+def attention_operands(node: Node) -> Operands | None:
+    """The values that meet in the attention that ends or sits at this node; None when there is none."""
     if node.target is aten.scaled_dot_product_attention.default:
         q, k, v = node.args[:3]
-        return q, k, v, node  # type: ignore[return-value]
+        return Operands(q, k, v, node)  # type: ignore[arg-type]
     if node.target not in (aten.softmax.int, aten._softmax.default):
         return None
-    scores = node.args[0]
-    while isinstance(scores, Node) and scores.target in {*ELEMENTWISE, *PASS_ON}:
-        tensors = [a for a in scores.args if isinstance(a, Node)]
-        scores = next((a for a in tensors if _is_product(a) or a.target in {*ELEMENTWISE, *PASS_ON}), None)
-    if not isinstance(scores, Node) or not _is_product(scores):
-        return None
+    scores = _scores(node)
     weights = node
     while len(weights.users) == 1 and (user := next(iter(weights.users))).target in PASS_ON:
         weights = user
     result = next((user for user in weights.users if _is_product(user)), None)
-    if result is None:
+    if scores is None or result is None:
         return None
     q, k = _operands(scores)
     v = next((operand for operand in _operands(result) if operand is not weights), None)
-    return (q, k, v, result) if v is not None else None
+    return Operands(q, k, v, result, scores) if v is not None else None
+
+
+def _scores(softmax: Node) -> Node | None:
+    """The product of queries and keys whose softmax is taken, after scales, masks and biases."""
+    todo, seen = [softmax.args[0]], set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        if _is_product(node):
+            return node
+        if node.target in {*ELEMENTWISE, *PASS_ON}:
+            todo.extend(reversed(node.args[:3]))
+    return None
 
 
 def _operands(node: Node) -> list[Node]:
@@ -111,15 +143,15 @@ def attentions(program: Program, found: dict[str, Site] | None = None) -> list[A
     by_top = {top(call): site for call, site in by_call.items()}
     result: list[Attention] = []
     for node in program.graph.nodes:
-        operands = _attention_operands(node) if node.op == "call_function" else None
+        operands = attention_operands(node) if node.op == "call_function" else None
         if operands is None:
             continue
-        sources = [_projections(operand, by_top) for operand in operands[:3]]
+        sources = [_projections(operand, by_top) for operand in (operands.query, operands.key, operands.value)]
         query, key, value = (
             tuple(_cut(site, call, frontier, role) for site, call, frontier in source)
             for source, role in zip(sources, ("query", "key", "value"), strict=True)
         )
-        output = _output_projection(operands[3], by_call)
+        output = _output_projection(operands.result, by_call)
         result.append(Attention(module_path(node), node, query, key, value, output))
     return result
 
@@ -217,9 +249,10 @@ def _output_projection(node: Node, by_call: dict[Node, Linear]) -> tuple[Linear,
 def residuals(program: Program) -> list[Residual]:
     """Every `skip + branch(skip)` whose branch holds at least one operation with a parameter."""
     result = []
-    marks = {node for node in program.graph.nodes if node.op == "call_function" and _attention_operands(node)}
+    marks = {node for node in program.graph.nodes if node.op == "call_function" and attention_operands(node)}
+    scores = _below_softmax(marks)
     for node in program.graph.nodes:
-        if node.target not in (aten.add.Tensor, aten.add_.Tensor):
+        if node.target not in (aten.add.Tensor, aten.add_.Tensor) or node in scores:
             continue
         sides = [a for a in node.args[:2] if isinstance(a, Node) and program.parameter_name(a) is None]
         if len(sides) != 2:
@@ -234,6 +267,18 @@ def residuals(program: Program) -> list[Residual]:
                 )
                 break
     return result
+
+
+def _below_softmax(marks: set[Node]) -> set[Node]:
+    """What lies between products and softmax: a mask or bias added there is also part of what later layers read."""
+    todo = [node.args[0] for node in marks if node.target is not aten.scaled_dot_product_attention.default]
+    seen: set[Node] = set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, Node) and node not in seen and node.target in {*ELEMENTWISE, *PASS_ON, aten.add_.Tensor}:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return seen
 
 
 def _carried(node: Node) -> list[Node]:
@@ -303,7 +348,7 @@ def is_output_head(site: Linear, found: dict[str, Site]) -> bool:
         for user in todo.pop().users:
             if user.op == "output":
                 return True
-            if user not in seen and (user.target in {*PASS_ON, *ELEMENTWISE} or user.target is aten.tanh.default):
+            if user not in seen and user.target in {*PASS_ON, *ELEMENTWISE}:
                 seen.add(user)
                 todo.append(user)
     return False

@@ -1,0 +1,151 @@
+"""Prefix tuning against PEFT: the same prefix in the same model gives the same outputs, padding and all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import rewriter
+from passes import Prefix
+from rewriter.program import Program
+from rewriter.trace import trace
+from tests.models import TINY, Example, _decoder, randomise, traced
+
+VIRTUAL = 5
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "opt": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
+
+
+def t5(layers: int) -> Example:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    _, args, kwargs = TINY["t5"]()
+    config = T5Config(
+        vocab_size=37,
+        d_model=24,
+        d_kv=6,
+        d_ff=52,
+        num_layers=2,
+        num_decoder_layers=layers,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=17,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return randomise(T5ForConditionalGeneration(config)), args, kwargs
+
+
+def reference(model: torch.nn.Module, task: str, **options: Any) -> peft.PeftModel:
+    """The model with PEFT's prefix, every parameter of it random and none zero."""
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=VIRTUAL, **options)
+    wrapped = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in wrapped.prompt_encoder.parameters():
+        parameter.data = 0.8 * torch.randn(parameter.shape, generator=generator)
+    return wrapped
+
+
+def adopted(program: Program, wrapped: peft.PeftModel) -> Program:
+    """The program with the prefix of a PEFT model, found by name."""
+    encoder = {name: value.detach() for name, value in wrapped.prompt_encoder.state_dict().items()}
+    added = program.steps[-1].added
+    if len(added) == 1:
+        return program.with_tensors({added[0]: encoder["default.embedding.weight"]})
+    return program.with_tensors({f"prompt_encoder.{name}": value for name, value in encoder.items()})
+
+
+def visible(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The values at tokens that are no padding."""
+    return values if mask is None else values[mask.bool()]
+
+
+def compare(example: Example, task: str, program: Program, pass_: Prefix, **options: Any) -> None:
+    model, _, kwargs = example
+    if "token_type_ids" in kwargs:  # PEFT leaves them out
+        kwargs["token_type_ids"] = torch.zeros_like(kwargs["token_type_ids"])
+    given = {name: value for name, value in kwargs.items() if name not in ("use_cache", "token_type_ids")}
+    wrapped = reference(model, task, **options)
+    adapted = adopted(rewriter.apply(program, pass_).program, wrapped)
+    mask = None if "decoder_input_ids" in kwargs else kwargs["attention_mask"]
+    with torch.no_grad():
+        want = visible(wrapped(**given)[0], mask)
+        plain = visible(program(**kwargs)[0], mask)
+    got = visible(adapted(**kwargs)[0], mask)
+    assert float((got - want).abs().max()) < 1e-4
+    assert float((plain - want).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_equals_peft(name: str, projection: bool) -> None:
+    options = {"prefix_projection": True, "encoder_hidden_size": 11} if projection else {}
+    pass_ = Prefix(virtual_tokens=VIRTUAL, projection=projection, hidden=11 if projection else None)
+    compare(TINY[name](), TASKS[name], traced(name), pass_, **options)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("projection", [False, True])
+def test_equals_peft_on_an_encoder_and_decoder(layers: int, projection: bool) -> None:
+    example = t5(layers)
+    program = trace(*example)
+    options = {"prefix_projection": True, "encoder_hidden_size": 11} if projection else {}
+    pass_ = Prefix(virtual_tokens=VIRTUAL, projection=projection, hidden=11 if projection else None)
+    compare(example, "SEQ_2_SEQ_LM", program, pass_, num_layers=layers, **options)
+
+
+def mistral() -> Example:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=64,
+        sliding_window=6,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _decoder(MistralForCausalLM(config), 31, length=11)
+
+
+def gemma3() -> Example:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=28,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=64,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _decoder(Gemma3ForCausalLM(config), 31, length=11)
+
+
+@pytest.mark.parametrize("build", [mistral, gemma3])
+def test_equals_peft_where_a_window_slides(build: Callable[[], Example]) -> None:
+    program = trace(*build())
+    compare(build(), "CAUSAL_LM", program, Prefix(virtual_tokens=VIRTUAL))
+
+
+def test_key_layout_is_that_of_peft() -> None:
+    program = rewriter.apply(traced("llama"), Prefix(virtual_tokens=VIRTUAL)).program
+    assert program.steps[-1].added == ("prompt_embeddings.default",)
+    assert program.tensor("prompt_embeddings.default").shape == (VIRTUAL, 2 * 2 * 2 * 6)
