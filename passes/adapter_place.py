@@ -122,7 +122,7 @@ def _narrows(residual: Residual) -> list[Node]:
     result, in_use = [residual.skip], [residual.skip]
     for node in inside:
         in_use = [*(value for value in in_use if node < last_use[value]), node]
-        if len(in_use) == 1:
+        if len(in_use) == 1 and isinstance(node.meta["val"], torch.Tensor):
             result.append(node)
     return result
 
