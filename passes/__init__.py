@@ -2,6 +2,7 @@
 
 from passes.adalora import Adalora as Adalora
 from passes.adapter import Adapter as Adapter
+from passes.bake import Bake as Bake
 from passes.compose import Compose as Compose
 from passes.diff_pruning import Binarise as Binarise
 from passes.ia3 import Ia3 as Ia3
@@ -10,6 +11,7 @@ from passes.layer_norm_tuning import LayerNormTuning as LayerNormTuning
 from passes.loha import Loha as Loha
 from passes.lokr import Lokr as Lokr
 from passes.lora import Lora as Lora
+from passes.loralib import LoralibAdapter as LoralibAdapter
 from passes.merge import Merge as Merge
 from passes.peft import PeftAdapter as PeftAdapter
 from passes.prefix import Prefix as Prefix
@@ -21,6 +23,7 @@ from passes.vera import Vera as Vera
 __all__ = [
     "Adalora",
     "Adapter",
+    "Bake",
     "Binarise",
     "Compose",
     "Ia3",
@@ -29,6 +32,7 @@ __all__ = [
     "Loha",
     "Lokr",
     "Lora",
+    "LoralibAdapter",
     "Merge",
     "PeftAdapter",
     "Prefix",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch.fx import Node
 
+from passes.stand_in import StandIn, settle, stand_ins
 from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
@@ -57,17 +58,23 @@ class Merge:
 
     # -- where --------------------------------------------------------------------------------------------------
 
-    def find(self, program: Program) -> Sites[Fold]:
+    def find(self, program: Program) -> Sites[Fold | StandIn]:
         precision = PRECISION[self.precision]
         if any(tensor.dtype is torch.float64 for tensor in program.parameters().values()):
             precision = torch.float64
         constants = Constants(program, precision)
         found, broken = folds(program, constants)
         missed = [Miss(path, f"%{error.node.name}: {error.reason}") for path, error in broken]
-        rest = leftover(program, constants, found, broken)
+        stands = stand_ins(program, constants)
+        if not self.untie:  # a weight of several readers is folded for all of them, where that is all there is to fold
+            found = [fold for fold in found if not _is_covered(program, fold, stands)]
+        folded = frozenset().union(*(fold.reads for fold in found))
+        settled = {site.path: site for site in stands.values() if folded.isdisjoint(site.names)}
+        held = frozenset().union(*(site.reads for site in settled.values()))
+        rest = [each for each in leftover(program, constants, found, broken) if each[0] not in held]
         if rest:
             raise refuse(program, *rest[0])
-        if not found:
+        if not found and not settled:
             merged = [step.number for step in program.steps if step.name == self.name]
             raise RewriteError(
                 "nothing to merge",
@@ -85,11 +92,15 @@ class Merge:
                     evidence=[f"read by %{node.name}" for node in others[:6]],
                     fix="Give the merged layer a weight of its own with --untie.",
                 )
-        return Sites(tuple(found), tuple(missed))
+        return Sites((*settled.values(), *found), tuple(missed))
 
     # -- what ---------------------------------------------------------------------------------------------------
 
-    def rewrite(self, site: Fold, edit: Edit) -> None:
+    def rewrite(self, site: Fold | StandIn, edit: Edit) -> None:
+        if isinstance(site, StandIn):
+            exact, before = settle(edit, site, allow_nonfinite=self.allow_nonfinite)
+            edit.note(site.path, **_rounding(exact, before))
+            return
         # the value before this layer may be the end of another region, which is folded by now
         site = replace(site, root=edit.current(site.root), source=edit.current(site.source))
         weight, offset, kept_offset = site.values()
@@ -149,6 +160,14 @@ class Merge:
                 evidence=[f"folded from: {', '.join(sorted(site.reads)[:6])}"],
                 fix="Repair the adapter or the base, or pass --allow-nonfinite.",
             )
+
+
+def _is_covered(program: Program, fold: Fold, stands: Mapping[str, StandIn]) -> bool:
+    """Whether a region holds nothing but a weight, and a bias, whose places constants hold, and others read it, too."""
+    if fold.weight not in stands or not _other_readers(program, fold):
+        return False
+    bias = fold.bias or ""
+    return fold.reads <= stands[fold.weight].reads | (stands[bias].reads if bias in stands else {bias})
 
 
 def _ends(site: Fold) -> Iterator[Node]:

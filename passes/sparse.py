@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,17 +82,19 @@ def add_sparse(edit: Edit, name: str, indices: Tensor, values: Tensor, adapter: 
     home = scope(edit.program, name)
     places = edit.buffer(f"{home}.delta_indices.{adapter}", indices.to(torch.int64).to(values.device))
     change = edit.parameter(f"{home}.delta_values.{adapter}", values)
-    shape = list(edit.program.tensor(name).shape)
-    for value, using in readers(edit.program, name).items():
-        first = using[0]
+    weight = edit.program.tensor(name)
+    using = readers(edit.program, name)
+    first = min(each[0] for each in using.values())
 
-        def call(label: str, operation: torch._ops.OpOverload, *args: object, first: Node = first) -> Node:
-            label = label_of(f"sparse_{name.rpartition('.')[2]}_{label}", adapter)
-            return edit.call(operation, *args, like=first, before=True, label=label)
+    def call(label: str, operation: Any, *args: Any) -> Node:
+        label = label_of(f"sparse_{name.rpartition('.')[2]}_{label}", adapter)
+        return edit.call(operation, *args, like=first, before=True, label=label)
 
-        flat = call("flat", aten.reshape.default, value, [-1])
-        moved = call("moved", aten.scatter_add.default, flat, 0, places, change)
-        edit.replace(value, call("sum", aten.reshape.default, moved, shape))
+    zeros = call("zeros", aten.new_zeros.default, change, [weight.numel()])
+    flat = call("flat", aten.scatter.src, zeros, 0, places, change)
+    update = call("update", aten.view.default, flat, list(weight.shape))
+    for value in using:
+        edit.replace(value, call("sum", aten.add.Tensor, value, update))
 
 
 def label_of(label: str, adapter: str) -> str:
