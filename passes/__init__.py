@@ -15,6 +15,7 @@ from passes.loralib import LoralibAdapter as LoralibAdapter
 from passes.merge import Merge as Merge
 from passes.peft import PeftAdapter as PeftAdapter
 from passes.prefix import Prefix as Prefix
+from passes.prompt import Prompt as Prompt
 from passes.prune import Prune as Prune
 from passes.select import Select as Select
 from passes.trainable_tokens import TrainableTokens as TrainableTokens
@@ -36,6 +37,7 @@ __all__ = [
     "Merge",
     "PeftAdapter",
     "Prefix",
+    "Prompt",
     "Prune",
     "Select",
     "TrainableTokens",

@@ -11,15 +11,16 @@ import torch
 from torch.fx import Node
 
 from passes.extend_inputs import Layout, are_positions, companions, depends, descendants, runs, shape
-from rewriter.attention import PASS_ON, attentions
+from rewriter.attention import PASS_ON, attention_operands
 from rewriter.edit import Edit
 from rewriter.errors import RewriteError, UsageError
 from rewriter.formats.index_range import reach
-from rewriter.program import Origin, Program, module_path
+from rewriter.program import Program, module_path
 from rewriter.view import Embedding, layers, top
 
 aten = torch.ops.aten
 END = sys.maxsize
+CACHED_DIMENSIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +159,13 @@ def lengthen(edit: Edit, place: TokenInput, layout: Layout) -> Lengthened:
     program = edit.program
     length = shape(place.source)[1]
     refuse_without_room(program, length, len(layout))
-    shapes = {node: shape(node) for node in _outputs(program) if node not in _caches(program)}
+    kept = caches(program)
+    shapes = {node: shape(node) for node in returned(program) if node not in kept}
     inputs = {each.node: each.joined(edit, layout) for each in companions(program, place.source)}
     for node, joined in inputs.items():
         edit.replace(node, joined)
     edit.retype()
+    edit.removes = True  # values that stay have other types: what undo gives back is the program from before
     embeddings = tuple(_embedded(place, call) for call in place.calls)
     return Lengthened(place, layout, inputs[place.source], inputs, embeddings, shapes, length)
 
@@ -187,6 +190,7 @@ def cut(edit: Edit, extended: Lengthened) -> None:
     Raises `RewriteError` for an output whose positions are mixed with other dimensions.
     """
     first, last = len(extended.layout.before), -len(extended.layout.after) or END
+    result = output(edit.program)
     for node, before in extended.shapes.items():
         value = node
         for dimension, (old, new) in enumerate(zip(before, shape(node), strict=True)):
@@ -199,16 +203,7 @@ def cut(edit: Edit, extended: Lengthened) -> None:
                     fix="Use outputs=all, which leaves the outputs as they come.",
                 )
         if value is not node:
-            return_instead(edit, node, value)
-
-
-def return_instead(edit: Edit, value: Node, other: Node) -> None:
-    """Let the program return `other`, which this edit made, for `value`, which the graph itself goes on using."""
-    origin = Origin.of(other)
-    assert origin is not None
-    Origin(origin.step, origin.name, origin.label, value.name).write(other)
-    result = next(iter(reversed(edit.program.graph.nodes)))
-    value.replace_all_uses_with(other, delete_user_cb=lambda user: user is result)
+            edit.rewire(result, node, value)
 
 
 def _embedded(place: TokenInput, call: Node) -> Node:
@@ -262,19 +257,29 @@ def refuse_without_room(program: Program, length: Any, count: int) -> None:
         )
 
 
-def _caches(program: Program) -> set[Node]:
-    """The keys and values that attention reads, and what they are made of by reshaping and repeating heads."""
+def caches(program: Program) -> set[Node]:
+    """The keys and values [b, h, t, k] that attention reads, and what they are joined and reshaped from."""
     found: set[Node] = set()
-    for attention in attentions(program):
-        todo = [node for node in attention.node.args[1:3] if isinstance(node, Node)]
+    for node in program.graph.nodes:
+        operands = attention_operands(node) if node.op == "call_function" else None
+        todo = [operands.key, operands.value] if operands else []
         while todo:
-            node = todo.pop()
-            found.add(node)
-            if node.target in PASS_ON and isinstance(node.args[0], Node):
-                todo.append(node.args[0])
+            part = todo.pop()
+            if part not in found and len(shape(part)) == CACHED_DIMENSIONS:
+                found.add(part)
+                if part.target in PASS_ON or part.target is aten.cat.default:
+                    todo.extend(part.all_input_nodes)
     return found
 
 
-def _outputs(program: Program) -> list[Node]:
-    values = next(iter(reversed(program.graph.nodes))).args[0]
+def returned(program: Program) -> list[Node]:
+    """The tensors that a program returns, each once."""
+    values = output(program).args[0]
+    assert isinstance(values, tuple)
     return [node for node in dict.fromkeys(values) if isinstance(node, Node) and shape(node)]
+
+
+def output(program: Program) -> Node:
+    """The node that holds what a program returns."""
+    found: Node = next(iter(reversed(program.graph.nodes)))
+    return found
