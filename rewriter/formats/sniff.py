@@ -44,15 +44,19 @@ class Kind(StrEnum):
     DIRECTORY = "a directory without config.json or adapter_config.json"
 
 
+_WEIGHTS = (
+    "It holds weights but no graph: also name the model they belong to (--model); "
+    "LoRAs of loralib go onto a model with `rewriter apply --pass loralib --file`."
+)
 ADVICE = {
     Kind.PROGRAM: "It already has a graph: pass it to `rewriter apply` or `rewriter inspect`.",
     Kind.OLD_PROGRAM: "Load it in the torch that wrote it and save it again with torch 2.8 or newer.",
-    Kind.STATE_DICT: "It holds weights but no graph: also name the model they belong to (--model).",
-    Kind.LEGACY_PICKLE: "It holds weights but no graph: also name the model they belong to (--model).",
+    Kind.STATE_DICT: _WEIGHTS,
+    Kind.LEGACY_PICKLE: _WEIGHTS,
     Kind.PICKLED_MODULE: "If you trust its author, add --trust-pickle; else ask for safetensors or a .pt2 program.",
     Kind.PICKLE: "Save the tensors with torch.save or safetensors.",
     Kind.TORCHSCRIPT: "TorchScript is no longer developed: export the original module with torch.export.",
-    Kind.SAFETENSORS: "It holds weights but no graph: also name the model they belong to (--model).",
+    Kind.SAFETENSORS: _WEIGHTS,
     Kind.GGUF: "Use the original Hugging Face model directory it was made from.",
     Kind.NPZ: "Save the arrays as safetensors (safetensors.numpy.save_file).",
     Kind.NPY: "Save the arrays as safetensors (safetensors.numpy.save_file).",
