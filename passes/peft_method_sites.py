@@ -10,12 +10,14 @@ import torch
 
 from passes.layer_norm_tuning import LayerNormTuning
 from passes.lora import Lora
-from passes.peft_methods import METHODS
+from passes.peft_methods import METHODS, Tensors
 from passes.peft_place import Place, misfit
+from passes.peft_prompts import TABLES, rows_of
 from rewriter.edit import Edit
 from rewriter.errors import RewriteError
 from rewriter.find import Miss, Sites
-from rewriter.formats.peft_methods import LayerNormConfig
+from rewriter.formats.peft_methods import LayerNormConfig, PromptLearningConfig
+from rewriter.formats.peft_targets import AdapterConfig
 from rewriter.program import Program
 from rewriter.transform import Pass
 
@@ -67,15 +69,25 @@ def method_sites(where: Place, program: Program, adapter: str) -> tuple[Pass, Si
     if isinstance(files.config, LayerNormConfig):
         names = tuple(dict.fromkeys(site.path.rpartition(".")[0] for site in base))
         return LayerNormTuning(targets=names), Sites(tuple(base), missed)
-    method = METHODS[files.config.peft_type]
-    pass_ = method.kind(**method.options(files.config, held, old), adapter=adapter)  # type: ignore[call-arg]
+    pass_ = _pass(files.config, held, old, adapter)
     sites = pass_.find(program)
     held = _one_of_tied(where, held, {site.path for site in sites})
     values = {f"{path}.{kind}.{adapter}": tensor for path, kinds in held.items() for kind, tensor in kinds.items()}
-    values |= {f"{kind}.{adapter}": tensor for kind, tensor in files.modules.get("", {}).items()}
+    root = files.modules.get("", {})
+    if isinstance(files.config, PromptLearningConfig):
+        root = {kind: rows_of(files.directory, files.config, tensor) for kind, tensor in root.items()}
+    values |= {f"{kind}.{adapter}": tensor for kind, tensor in root.items()}
     *first, last = sites
     found = [*(MethodSite(pass_, site) for site in first), MethodSite(pass_, last, values)]
     return pass_, Sites((*base, *found), (*missed, *sites.missed))
+
+
+def _pass(config: AdapterConfig, held: Tensors, old: Mapping[str, str], adapter: str) -> Pass:
+    prompts = TABLES.get(config.peft_type)
+    if prompts is not None:
+        return prompts.kind(**prompts.options(config), adapter=adapter)  # type: ignore[call-arg]
+    method = METHODS[config.peft_type]
+    return method.kind(**method.options(config, held, old), adapter=adapter)  # type: ignore[call-arg]
 
 
 def _trained(where: Place, program: Program, adapted: list[str]) -> set[str]:

@@ -60,7 +60,7 @@ def _method(program: Program, adapter: str) -> Step | None:
                 fix="Apply one first, or name one of these.",
             )
         return None
-    if len(program.steps) > 1:
+    if any(step not in made and step.name != "bake" for step in program.steps):
         raise RewriteError(
             f"the program has more than the pass {made[0].name}, and a PEFT directory holds one method",
             evidence=[f"passes: {', '.join(step.name for step in program.steps)}"],
@@ -221,6 +221,8 @@ def _task(program: Program) -> str | None:
         return "CAUSAL_LM"
     if architecture in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
         return "SEQ_2_SEQ_LM"
+    if architecture in modeling_auto.MODEL_MAPPING_NAMES.values():
+        return "FEATURE_EXTRACTION"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 
 from passes.layer_norm_tuning import LayerNormTuning
 from passes.peft_methods import METHODS
+from passes.peft_prompts import TABLES, table
 from rewriter.errors import RewriteError
 from rewriter.formats import peft
 from rewriter.formats.peft_config import KNOWN_VERSION, TYPES
@@ -18,7 +19,12 @@ from rewriter.transform import Pass
 from rewriter.view import Linear, layers, modules
 
 Kinds = dict[str, dict[str, torch.Tensor]]
-_TYPES = {LayerNormTuning.name: "LN_TUNING", **{method.kind.name: type_ for type_, method in METHODS.items()}}
+_TYPES = {
+    LayerNormTuning.name: "LN_TUNING",
+    **{method.kind.name: type_ for type_, method in METHODS.items()},
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",  # also of an encoder: what is saved is the prompt itself
+}
 
 
 def type_of(step: Step) -> str | None:
@@ -37,13 +43,16 @@ def method_files(
     type_ = type_of(step)
     assert type_ is not None
     among = [path for path in modules(program) if not {*path.split(".")} & {*TYPES[type_].endings}]
-    held = _held(program, step, type_, adapter)
     base = [name for name in step.trainable if name not in step.added]
     if type_ == "LN_TUNING":
         owners = list(dict.fromkeys(name.rpartition(".")[0] for name in base))
         fields: dict[str, Any] = {"target_modules": short_names(owners, among)}
         tensors = {_norm_key(name): program.tensor(name) for name in base}
+    elif type_ in TABLES:
+        prompts = table(program, adapter)
+        fields, tensors = TABLES[type_].fields(program, step, prompts), {"prompt_embeddings": prompts}
     else:
+        held = _held(program, step, type_, adapter)
         adapted = {path: kinds for path, kinds in held.items() if path}
         _check_layers(program, type_, adapted)
         fields = METHODS[type_].fields(_pass_of(step, type_, adapted), adapted, among)
@@ -53,7 +62,7 @@ def method_files(
         _check_meaning(type_, fields, adapted, among)
     config = {
         "auto_mapping": None,
-        "exclude_modules": None,
+        **({} if type_ in TABLES else {"exclude_modules": None}),
         "inference_mode": True,
         "modules_to_save": None,
         "peft_type": type_,
