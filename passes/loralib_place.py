@@ -181,6 +181,9 @@ def base_sites(where: Place, found: Sequence[Trained], *, alpha: float, force: b
         before = program.tensor(name)
         if before.shape != value.shape:
             raise misfit(name, before.shape, value.shape)
+        if before.is_floating_point() != value.is_floating_point():
+            types = f"file: {value.dtype}, program: {before.dtype}".replace("torch.", "")
+            raise RewriteError(f"{name} is of another type", evidence=[types], fix="Save it without quantisation.")
         layer = adapted[name]
         if layer:
             if _has_update(name, before, value, layer, alpha):

@@ -488,6 +488,13 @@ REFUSED: dict[str, tuple[str, dict[str, Tensor], dict[str, Any], type[RewriteErr
         RewriteError,
         r"head\.bias has another shape",
     ),
+    "a quantised weight": (
+        "mlp",
+        {**_mlp(), "up.weight": torch.ones(22, 10, dtype=torch.int8)},
+        {},
+        RewriteError,
+        r"up\.weight is of another type\n  file: int8, program: float32",
+    ),
     "no enable": (
         "attention",
         _qkv(),
