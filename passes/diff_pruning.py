@@ -16,7 +16,7 @@ from rewriter.edit import Edit
 from rewriter.errors import LawError, UsageError
 from rewriter.find import Sites
 from rewriter.program import Origin, Program, Step
-from rewriter.transform import FREE, ROUNDING, Law
+from rewriter.transform import FREE, Law
 from rewriter.view import scope
 
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ class Binarise:
     @property
     def law(self) -> Law:
         if self.density is None:
-            return ROUNDING.because("every change that is not zero stays")
+            return FREE.because("the penalty is no output any more; the others move by rounding only")
         return FREE.because("small changes are dropped to reach the density")
 
     # -- where --------------------------------------------------------------------------------------------------
