@@ -259,17 +259,17 @@ def refuse_without_room(program: Program, length: Any, count: int) -> None:
 
 def caches(program: Program) -> set[Node]:
     """The keys and values [b, h, t, k] that attention reads, and what they are joined and reshaped from."""
-    found: set[Node] = set()
+    seen: set[Node] = set()
     for node in program.graph.nodes:
         operands = attention_operands(node) if node.op == "call_function" else None
         todo = [operands.key, operands.value] if operands else []
         while todo:
             part = todo.pop()
-            if part not in found and len(shape(part)) == CACHED_DIMENSIONS:
-                found.add(part)
+            if part not in seen:
+                seen.add(part)
                 if part.target in PASS_ON or part.target is aten.cat.default:
-                    todo.extend(part.all_input_nodes)
-    return found
+                    todo.extend(source for source in part.all_input_nodes if shape(source))
+    return {node for node in seen if len(shape(node)) == CACHED_DIMENSIONS}
 
 
 def returned(program: Program) -> list[Node]:

@@ -20,6 +20,8 @@ from rewriter.program import Program
 aten = torch.ops.aten
 COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.eq.Tensor, aten.ne.Tensor}
 LOSSES = {aten.cross_entropy_loss.default: 4, aten.nll_loss_nd.default: 4}  # -> position of the label it ignores
+FILLS = {aten.masked_fill.Scalar, aten.masked_fill_.Scalar}
+NEGATIONS = {aten.logical_not.default, aten.bitwise_not.default, aten.rsub.Scalar}
 ROTATIONS = {aten.cos.default, aten.sin.default}
 TURNED = {*PASS_ON, aten.mul.Tensor, aten.matmul.default, aten.bmm.default, aten.cat.default, aten._to_copy.default}
 
@@ -93,13 +95,28 @@ def _companion(program: Program, tokens: Node, node: Node, dimension: int) -> Co
         return Companion(node, dimension, "constant", ignored)
     if are_positions(program, node):
         return Companion(node, dimension, "positions")
-    return Companion(node, dimension, "constant", int(_is_mask(program, node)))
+    return Companion(node, dimension, "constant", int(_is_mask(program, node) and not _ones_hide(node)))
 
 
 def _is_mask(program: Program, node: Node) -> bool:
     example = _example(program, node)
     binary = example is None or bool(((example == 0) | (example == 1)).all())
     return binary and node.name not in reach(program)
+
+
+def _ones_hide(node: Node) -> bool:
+    """Whether a mask says which tokens are hidden: where it is 1, or would be after negations, scores are filled."""
+    todo, seen = [(node, True)], set()
+    while todo:
+        value, ones = todo.pop()
+        for user in value.users:
+            if user.target in FILLS and user.args[1] is value and float(user.args[2]) < 0:  # type: ignore[arg-type]
+                return ones
+            negated = user.target in NEGATIONS or (user.target is aten.eq.Scalar and user.args[1] == 0)
+            if (negated or user.target in PASS_ON) and user not in seen:
+                seen.add(user)
+                todo.append((user, ones != negated))
+    return False
 
 
 def _is_untied_mask(program: Program, tokens: Node, node: Node) -> bool:
