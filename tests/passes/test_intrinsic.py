@@ -106,7 +106,6 @@ NUMBERS = {
     "mlp, a power of two": ("mlp", Intrinsic(dimension=32, layer_scale=True)),
     "mlp, one number": ("mlp", Intrinsic(dimension=1)),
     "mlp, one entry a row": ("mlp", Intrinsic(dimension=51, projection="one_hot", layer_scale=True)),
-    "llama": ("llama", Intrinsic(dimension=40, seed=7)),
     "stored transposed": ("gpt2", Intrinsic(targets=("c_attn", "mlp.c_proj"), dimension=200, layer_scale=True)),
     "stored transposed, one entry a row": ("gpt2", Intrinsic(dimension=200, projection="one_hot")),
     "convolutions and an embedding": ("conv", Intrinsic(targets=ALL_OF_CONV, dimension=60, layer_scale=True)),
@@ -319,13 +318,13 @@ def test_three_hundred_numbers_reach_most_of_what_all_reach() -> None:
         return float((module(mirrored[1200:]).argmax(-1) == y[1200:]).float().mean())
 
     fit(model, x, 3e-3, 400)
-    before, whole = accuracy(model), accuracy(fit(copy.deepcopy(model), mirrored, 3e-3, 300))
+    before, whole = accuracy(model), accuracy(fit(copy.deepcopy(model), mirrored, 3e-3, 200))
     assert whole - before > 0.6
     base = rewriter.trace(model, (x[:5],))
     for projection, rate in (("fastfood", 0.1), ("one_hot", 0.1)):
         pass_ = Intrinsic(dimension=300, projection=projection)  # type: ignore[arg-type]
         program = rewriter.apply(base, pass_).program
-        trained_program = program.with_weights(fit(program.module(), mirrored, rate, 300))
+        trained_program = program.with_weights(fit(program.module(), mirrored, rate, 200))
         assert accuracy(trained_program) - before > 0.85 * (whole - before)
         for name, tensor in base.tensors.items():
             assert torch.equal(trained_program.tensor(name), tensor)
@@ -353,7 +352,7 @@ def test_a_slice_of_a_fused_projection_moves_alone() -> None:
     for index, (leaf, shape) in enumerate([("weight", (24, 24)), ("bias", (24,))] * 4):
         name, start = f"transformer.h.{index // 4}.attn.c_attn", 0 if index % 4 < 2 else 48
         rows_ = dense("fastfood", 0, index, math.prod(shape), 50, total)
-        scale = float(program.tensor(f"{name}.intrinsic_lambda.default.{'query' if start == 0 else 'value'}"))
+        scale = float(program.tensor(f"{name}.intrinsic_lambda.default.{'query' if start == 0 else 'value'}").detach())
         update = merged.tensor(f"{name}.{leaf}") - base.tensor(f"{name}.{leaf}")
         expected = torch.from_numpy(scale * rows_ @ theta).reshape(shape)
         torch.testing.assert_close(update[..., start : start + 24].detach(), expected, rtol=0, atol=1e-12)
@@ -410,7 +409,7 @@ def test_it_stacks_on_dora_and_each_goes_alone() -> None:
     assert distance(run(alone, "mlp"), run(direct, "mlp")) == 0
 
 
-@pytest.mark.parametrize("case", ["mlp", "mlp, one entry a row", "llama", "stored transposed"])
+@pytest.mark.parametrize("case", ["mlp", "mlp, one entry a row", "stored transposed"])
 def test_undo_leaves_no_difference(case: str) -> None:
     name, pass_ = NUMBERS[case]
     after = rewriter.undo(filled(rewriter.apply(traced(name), pass_).program))
