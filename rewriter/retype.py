@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 
@@ -53,7 +54,8 @@ def evaluate(mode: FakeTensorMode, operation: Any, *args: Any, **kwargs: Any) ->
     """The type of a result from the types of the operands; a size that varies stays an expression."""
     if operation in SIZES:  # called as an operation these give the number of the example
         return SIZES[operation](*args)
-    with torch.no_grad(), mode:
+    # Without the dispatcher, operations written in C++ such as padding would turn sizes that vary into numbers.
+    with torch.no_grad(), mode, enable_python_dispatcher():
         return operation(*args, **kwargs)
 
 

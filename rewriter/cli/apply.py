@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,8 @@ def command(
     if dry:
         dry_run(load(source), passes, as_json=as_json)
         return
-    directories = [getattr(each, "directory", None) for each in passes]
-    inputs = existing(source, recipe, *directories)
+    read = [value for each in passes for f in fields(each) if isinstance(value := getattr(each, f.name), Path)]  # type: ignore[arg-type]
+    inputs = existing(source, recipe, *read)
     path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite, inputs)
     run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import click
 
 from rewriter.cli.options import as_json, verbosity
-from rewriter.cli.output import table, write_json
+from rewriter.cli.output import write_json
 
 
 @click.command()
 @as_json
 @verbosity
 def command(as_json: bool) -> None:
-    """List the passes with their laws and sources.
+    """List the passes with their laws, sources and options.
 
-    The options of one are shown by `rewriter apply --pass NAME --help`; all are in the JSON.
+    What the options of one mean is shown by `rewriter apply --pass NAME --help`; types and defaults are in the JSON.
     """
     from rewriter.cli.registry import registry
 
@@ -22,7 +24,10 @@ def command(as_json: bool) -> None:
     if as_json:
         write_json({"passes": [entry.to_json() for entry in entries]})
         return
-    table(
-        ("pass", "what it does", "law", "source"),
-        [(entry.name, entry.summary, entry.law, entry.kind.source) for entry in entries],
-    )
+    width = max(len(entry.name) for entry in entries)
+    margin = " " * (width + 2)
+    for entry in entries:
+        click.echo(f"{entry.name:{width}}  {entry.summary}")
+        click.echo(f"{margin}law: {entry.law}; source: {entry.kind.source}")
+        flags = " ".join(field.flag for field in entry.fields)
+        click.echo(textwrap.fill(flags, 116, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False))

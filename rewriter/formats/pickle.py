@@ -15,7 +15,7 @@ from rewriter.formats.archive import check_zip
 from rewriter.formats.files import unchanged
 from rewriter.formats.sniff import ADVICE, Kind, require, sniff, unsafe_globals
 
-_WRAPPERS = ("model", "state_dict")
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
 _TRUST = "If you trust its author, add --trust-pickle where you convert it once to a .pt2 program or safetensors."
 
 
