@@ -133,8 +133,21 @@ def _ends(program: Program, constants: Constants, stands: set[Node]) -> list[Nod
             computed.add(node)
             final = isinstance(node.meta["val"], Tensor) and not _reshapes(node) and node not in stands
             if final and constants.reads(node) & added and _escapes(node, constants, stands):
-                ends.append(node)
+                ends.append(_squeezed(node, constants, stands))
     return ends
+
+
+def _squeezed(node: Node, constants: Constants, stands: set[Node]) -> Node:
+    """What follows a value when that only drops its axes of size 1, such as the batch that an LSTM needs."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user not in constants or user in stands or not _reshapes(user):
+            break
+        before, after = node.meta["val"].shape, user.meta["val"].shape
+        if [size for size in before if size != 1] != list(after):
+            break
+        node = user
+    return node
 
 
 def _computes(node: Node) -> bool:

@@ -149,7 +149,7 @@ def test_options_are_checked() -> None:
         ({"method": "diff_pruning", "log_alpha": float("nan")}, "log_alpha is nan"),
     ):
         with pytest.raises(UsageError, match=match.replace(".", r"\.").replace("*", r"\*")):
-            Select(**options)  # type: ignore[arg-type]
+            Select(**options)
 
 
 def test_what_it_changes(golden: Callable[[str, str], None]) -> None:
