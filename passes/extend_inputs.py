@@ -82,8 +82,8 @@ def companions(program: Program, tokens: Node) -> list[Companion]:
             )
         if places:
             found.append(_companion(program, tokens, node, places[0]))
-        elif _is_untied_mask(program, tokens, node):
-            found.append(Companion(node, 1, "constant", 1))
+        elif _is_untied(program, tokens, node):
+            found.append(_companion(program, tokens, node, 1))
     return found
 
 
@@ -119,17 +119,17 @@ def _ones_hide(node: Node) -> bool:
     return False
 
 
-def _is_untied_mask(program: Program, tokens: Node, node: Node) -> bool:
-    """Whether an input is the mask of the tokens although its length is a symbol of its own.
+def _is_untied(program: Program, tokens: Node, node: Node) -> bool:
+    """Whether an input is a mask or the labels of the tokens although its length is a symbol of its own.
 
-    Traces of models that return a cache leave it open how long the mask is.
+    Traces leave open how long a mask is when they return a cache, and how long labels are that are flattened at once.
     """
-    ids, mask, sizes = _example(program, tokens), _example(program, node), shape(node)
-    if ids is None or mask is None or mask.shape != ids.shape or isinstance(sizes[1], int):
+    ids, values, sizes = _example(program, tokens), _example(program, node), shape(node)
+    if ids is None or values is None or values.shape != ids.shape or isinstance(sizes[1], int):
         return False
     others = [other for other in program.inputs() if other is not node]
     lonely = not any(size == sizes[1] for other in others for size in shape(other))
-    return lonely and _is_mask(program, node)
+    return lonely and (_is_mask(program, node) or _ignored_label(node) is not None)
 
 
 def are_positions(program: Program, node: Node) -> bool:
