@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch.fx import Node
-
-from passes.prefix_mask import Columns, shared_call, size_of
+from passes.prefix_deep import Deep, add_deep, deep_site
 from passes.prefix_place import Entry, Place, ancestors, numbered, places, total
+from passes.prefix_rows import Joined, shift
+from passes.weight_update import check_adapter, check_choice, check_flag, check_number, check_seed
 from rewriter.edit import Edit
 from rewriter.errors import UsageError
 from rewriter.find import Miss, Sites
@@ -21,9 +18,8 @@ from rewriter.positions import Positions, positions
 from rewriter.program import Program
 from rewriter.transform import FREE, Law
 
-aten = torch.ops.aten
-END = sys.maxsize
 ROLES = ("self", "encoder", "decoder", "cross")
+LARGEST = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +42,25 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Put trainable keys and values before those of the tokens in every attention.
+    """Put trainable keys and values before those of the tokens in every attention (prefix tuning, P-tuning v2).
 
         softmax(Q Kᵀ + M) V      ->      softmax(Q [P_K; K]ᵀ + [0, M]) [P_V; V]
 
-    Shapes: K, V [b, g, t, k]; P_K, P_V [virtual_tokens, g, k] for each of L attentions; M hides keys, never the prefix.
-    Without `projection` the prefix is one parameter [virtual_tokens, L · 2 · g · k]; with it, an embedding
-    [virtual_tokens, d] through Linear(d, hidden), tanh, Linear(hidden, L · 2 · g · k), d = g · k, hidden = d.
-    `attention` names the attentions (self, encoder, decoder, cross): all self-attentions, or as PEFT the decoder's own
-    when the model has an encoder and a decoder; `submodules=2`, as PEFT does there, lets layer l read pair 2l mod L.
-    `positions=shift` moves the tokens' positions by virtual_tokens as rows of a cache would; `auto` does unless the
-    length is fixed. In a program with a cache the rows enter it when it is empty and count as its rows from then on.
+    Shapes: K, V [b, g, t, k]; P_K, P_V [p, g, k] with p = `virtual_tokens`, for each of L attentions; M hides keys and
+    never the prefix. The prefix is one parameter `prompt_embeddings.<adapter>` [p, L · 2 · g · k] in PEFT's layout, or
+    with `projection` an embedding [p, d] through Linear(d, hidden), tanh and Linear(hidden, L · 2 · g · k), where d and
+    by default `hidden` are g · k. A window or a bias by distance sees the prefix just before the first token.
+
+    `attention`: which ones (self, encoder, decoder, cross); by default all self-attentions, in a model with encoder and
+    decoder the decoder's own as in PEFT. `submodules=2`, the default there, is PEFT's reading of a prefix for two
+    submodules: layer l gets pair 2l mod L. `layers`: indices, counted within each kind of attention.
+    `positions`: `shift` moves the positions of tokens by p, as rows of a cache do; `keep` does not; `auto` shifts but
+    where a sequence of fixed length fills its table.
+    `deep`: p more positions in front of the tokens in place of keys and values; the first p rows of every block's input
+    are that layer's prompts [p, d], prefix [p, L · d], and the outputs lose those positions again.
+
+    A program that takes a cache puts the prefix into it when the cache is empty, and returns it with the other rows:
+    from then on a caller counts p rows more, so its mask starts with p ones. Prefill and decoding are one program.
 
     Raises `UsageError` for a model without attention, and when a table of positions has no room.
     Source: Li & Liang 2021, arXiv 2101.00190; P-tuning v2: Liu et al. 2021, arXiv 2110.07602.
@@ -71,6 +75,7 @@ class Prefix:
     positions: Literal["auto", "shift", "keep"] = "auto"
     attention: tuple[str, ...] = ()
     submodules: int | None = None
+    deep: bool = False
     layers: tuple[int, ...] = ()
     init: Literal["random", "zero"] = "random"
     sigma: float = 0.02
@@ -86,7 +91,9 @@ class Prefix:
 
     # -- where --------------------------------------------------------------------------------------------------
 
-    def find(self, program: Program) -> Sites[Attended | Shifted]:
+    def find(self, program: Program) -> Sites[Attended | Shifted | Deep]:
+        if self.deep:
+            return Sites((deep_site(self, program),))
         every, missed = places(program)
         if not every:
             raise UsageError(
@@ -135,7 +142,7 @@ class Prefix:
         moved = []
         for each in read:
             full = isinstance(each.length, int) and each.rows is not None
-            room = math.inf if each.rows is None else each.rows - (each.length if full else 1)  # type: ignore[operator]
+            room = math.inf if each.rows is None else each.rows - (each.length if full else 1)
             if full and self.positions == "auto" and room < self.virtual_tokens:
                 continue
             if room < self.virtual_tokens:
@@ -153,269 +160,46 @@ class Prefix:
 
     # -- what ---------------------------------------------------------------------------------------------------
 
-    def rewrite(self, site: Attended | Shifted, edit: Edit) -> None:
-        if isinstance(site, Shifted):
-            _shift(self, site, edit)
+    def rewrite(self, site: Attended | Shifted | Deep, edit: Edit) -> None:
+        if isinstance(site, Deep):
+            add_deep(self, site, edit)
+        elif isinstance(site, Shifted):
+            shift(self, site.positions, site.past, edit)
         else:
-            _Joined(self, site, edit).rewrite()
+            Joined(self, site.place, site.columns, edit).rewrite()
 
     def finish(self, edit: Edit) -> None:
         edit.retype()
 
-    def initial(self, shape: Sequence[int], key: int) -> torch.Tensor:
-        if self.init == "zero":
-            return torch.zeros(shape)
-        generator = torch.Generator().manual_seed(self.seed * 7919 + key)
-        return self.sigma * torch.randn(shape, generator=generator)
-
-
-class _Joined:
-    """The rows of one attention's prefix, and what they are joined with."""
-
-    def __init__(self, prefix: Prefix, site: Attended, edit: Edit) -> None:
-        self.prefix, self.site, self.place, self.edit = prefix, site, site.place, edit
-        self.label = label(prefix)
-
-    def _call(self, operation: Any, *args: Any, like: Node, what: str) -> Node:
-        return shared_call(self.edit, operation, *args, like=like, label=f"{self.label}_{what}")
-
-    def rewrite(self) -> None:
-        prefix = self._prefix()
-        count = inserted(self.prefix, self.place.past, self.edit)
-        scores = self.place.operands.scores
-        for entry, columns in (
-            (self.place.key, self.place.key_columns),
-            (self.place.value, self.place.value_columns),
-        ):
-            self._join(entry, self._rows(prefix, entry, columns))
-        extend = Columns(self.edit, count, self.label)
-        if scores is None:
-            _extend_mask(extend, self.place)
-        else:
-            _extend_scores(extend, self.place, scores)
-
-    # -- the prefix ---------------------------------------------------------------------------------------------
-
-    def _prefix(self) -> Node:
-        """[virtual_tokens, columns], a parameter or what the projection makes of its parameters."""
-        p, all_columns, adapter = self.prefix.virtual_tokens, self.site.columns, self.prefix.adapter
-        like = self.place.key.node
-        if not self.prefix.projection:
-            return self._parameter(f"prompt_embeddings.{adapter}", (p, all_columns), 0)
-        width = self.place.key.heads * self.place.key.width
-        hidden = self.prefix.hidden or width
-        names = f"prompt_encoder.{adapter}"
-        value = self._parameter(f"{names}.embedding.weight", (p, width), 0)
-        for index, (o, i) in ((0, (hidden, width)), (2, (all_columns, hidden))):
-            weight = self._parameter(f"{names}.transform.{index}.weight", (o, i), 1 + index, fan_in=i)
-            bias = self._parameter(f"{names}.transform.{index}.bias", (o,), 2 + index, fan_in=i)
-            value = self._call(aten.linear.default, value, weight, bias, like=like, what="encoder")
-            if index == 0:
-                value = self._call(aten.tanh.default, value, like=like, what="encoder")
-        return value
-
-    def _parameter(self, name: str, shape: tuple[int, ...], key: int, fan_in: int | None = None) -> Node:
-        if name in self.edit.added:
-            return self.edit.program.placeholder(name)
-        value = self.prefix.initial(shape, key)
-        if fan_in is not None:  # as torch.nn.Linear starts
-            generator = torch.Generator().manual_seed(self.prefix.seed * 7919 + key)
-            value = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in)
-        example = self.place.key.node.meta["val"]
-        return self.edit.parameter(name, value.to(device=example.device, dtype=example.dtype))
-
-    def _rows(self, prefix: Node, entry: Entry, columns: tuple[int, int]) -> Node:
-        """The rows of one attention, laid out as the tensor they are put before."""
-        node, p = entry.node, self.prefix.virtual_tokens
-        rows = self._call(aten.slice.Tensor, prefix, 1, *columns, like=node, what="columns")
-        heads = self._call(aten.view.default, rows, [1, p, entry.heads, entry.width], like=node, what="heads")
-        value = self._call(aten.permute.default, heads, [0, 2, 1, 3], like=node, what="rows")
-        count = entry.heads
-        if entry.repeat > 1:
-            shared = self._call(aten.unsqueeze.default, value, 2, like=node, what="shared")
-            wide = self._call(aten.expand.default, shared, [1, count, entry.repeat, p, -1], like=node, what="repeat")
-            count *= entry.repeat
-            value = self._call(aten.reshape.default, wide, [1, count, p, -1], like=node, what="repeated")
-        value = self._laid_out(value, entry, count)
-        if entry.past is None:
-            return value
-        time = entry.axes[2]
-        present = in_cache(self.prefix, self.place.past, self.edit)
-        return self._call(aten.slice.Tensor, value, time, present, END, like=node, what="new_rows")
-
-    def _laid_out(self, value: Node, entry: Entry, heads: int) -> Node:
-        """[1, heads, p, width] in the axes of the entry, once per example."""
-        node, p = entry.node, self.prefix.virtual_tokens
-        batch, head, time, width = entry.axes
-        if batch is not None and batch == head:
-            return self._merged(value, entry, heads)
-        order = [axis for axis, _ in sorted(enumerate((batch, head, time, width)), key=lambda each: _place(each[1]))]
-        kept = [axis for axis in order if (batch, head, time, width)[axis] is not None]
-        dropped = [axis for axis in order if axis not in kept]
-        if order != [0, 1, 2, 3]:
-            value = self._call(aten.permute.default, value, [*kept, *dropped], like=node, what="layout")
-        if dropped:
-            sizes = [{0: 1, 1: heads, 2: p, 3: entry.width}[axis] for axis in kept]
-            value = self._call(aten.view.default, value, sizes, like=node, what="layout")
-        if batch is None:
-            return value
-        sizes = [size_of(self.edit, node, batch) if axis == batch else -1 for axis in range(len(kept))]  # type: ignore[misc]
-        return self._call(aten.expand.default, value, sizes, like=node, what="batch")
-
-    def _merged(self, value: Node, entry: Entry, heads: int) -> Node:
-        """For keys or values [b · heads, t, width], or with time last."""
-        node, time = entry.node, entry.axes[2]
-        flat = self._call(aten.squeeze.dim, value, 0, like=node, what="layout")
-        if time == 2:
-            flat = self._call(aten.transpose.int, flat, 1, 2, like=node, what="layout")
-        size = size_of(self.edit, node, 0)
-        times: Any = size // heads if isinstance(size, int) else None
-        if times is None:
-            times = self._call(operator.floordiv, size, heads, like=node, what="examples")
-        return self._call(aten.repeat.default, flat, [times, 1, 1], like=node, what="batch")
-
-    # -- joining ------------------------------------------------------------------------------------------------
-
-    def _join(self, entry: Entry, rows: Node) -> None:
-        edit, node, time = self.edit, entry.node, entry.axes[2]
-        if entry.past is not None:
-            old, new = node.args[0]  # type: ignore[misc]
-            joined = self._call(aten.cat.default, [old, rows, new], time, like=node, what="joined")
-            edit.redirect(node, joined)
-            edit.erase([node])
-        else:
-            joined = self._call(aten.cat.default, [rows, node], time, like=node, what="joined")
-            if edit.current(node) in entry.reader.all_input_nodes:  # keys and values may be one tensor
-                edit.rewire(entry.reader, node, joined)
-        if entry.sizes:
-            length = self._call(aten.sym_size.int, joined, time, like=joined, what="length")
-            for reader, size in entry.sizes:
-                edit.rewire(reader, size, length)
-
-
-def _place(axis: int | None) -> int:
-    return 9 if axis is None else axis
-
-
-def label(prefix: Prefix) -> str:
-    return "prefix" if prefix.adapter == "default" else f"prefix_{prefix.adapter}"
-
-
-# -- how many rows enter ------------------------------------------------------------------------------------------------
-
-
-def in_cache(prefix: Prefix, past: Entry | None, edit: Edit) -> Node:
-    """How many rows of the prefix a cache holds: all of it as soon as it is not empty."""
-    assert past is not None and past.past is not None
-    length = size_of(edit, past.past, past.axes[2])
-    assert isinstance(length, Node)
-    return shared_call(
-        edit, torch.sym_min, length, prefix.virtual_tokens, like=length, label=f"{label(prefix)}_in_cache"
-    )
-
-
-def inserted(prefix: Prefix, past: Entry | None, edit: Edit) -> int | Node:
-    """How many rows of the prefix enter now."""
-    if past is None:
-        return prefix.virtual_tokens
-    present = in_cache(prefix, past, edit)
-    return shared_call(edit, operator.sub, prefix.virtual_tokens, present, like=present, label=f"{label(prefix)}_new")
-
-
-# -- masks and positions ------------------------------------------------------------------------------------------------
-
-
-def _extend_mask(columns: Columns, place: Place) -> None:
-    """The mask of an attention in one operation; a causal one without a mask gets one."""
-    node, edit = place.operands.result, columns.edit
-    args = [*node.args, *[None] * (6 - len(node.args))]
-    mask, causal = args[3] or node.kwargs.get("attn_mask"), args[5] or node.kwargs.get("is_causal")
-    if isinstance(mask, Node):
-        edit.rewire(node, mask, columns.extended(mask, -1, mask.meta["val"].dtype is torch.bool))
-    elif causal:
-        query, key = place.operands.query, place.operands.key
-        sizes = [size_of(edit, query, query.meta["val"].ndim - 2), size_of(edit, key, key.meta["val"].ndim - 2)]
-        options = {"dtype": torch.bool, "device": query.meta["val"].device}
-        ones = columns.call(aten.ones.default, sizes, like=node, label="all", **options)
-        causal_mask = columns.call(aten.tril.default, ones, like=ones, label="causal")
-        visible = columns.extended(causal_mask, -1, True)
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
-        explicit = edit.call(
-            node.target, *node.args[:3], visible, args[4] or 0.0, False, like=node, label="attention", **kwargs
-        )
-        edit.redirect(node, explicit)
-        edit.erase([node])
-
-
-def _extend_scores(columns: Columns, place: Place, scores: Node) -> None:
-    """What is added to the scores, scales or hides them on the way to the softmax."""
-    node, edit = place.node, columns.edit
-    on_the_way = [each for each in ancestors([node]) if each is not scores and scores in ancestors([each])]
-    carried = {scores, *on_the_way}
-    for each in sorted(on_the_way):
-        own = next(source for source in each.all_input_nodes if source in carried)
-        last = each.meta["val"].ndim - 1
-        for operand in columns.operands(each, last, 0, own) or ():
-            if operand.node not in carried:
-                edit.rewire(each, operand.node, columns.extended(operand.node, operand.axis, operand.neutral))
-
-
-def _shift(prefix: Prefix, site: Shifted, edit: Edit) -> None:
-    """Positions plus the rows that enter now; to keep them, less the rows of the prefix in the cache."""
-    values, reader = site.positions.values, site.positions.reader
-    if prefix.positions == "keep":
-        by: Any = shared_call(
-            edit, operator.neg, in_cache(prefix, site.past, edit), like=values, label=f"{label(prefix)}_back"
-        )
-    else:
-        by = inserted(prefix, site.past, edit)
-    what = f"{label(prefix)}_positions"
-    if not site.positions.sliced:
-        edit.rewire(reader, values, shared_call(edit, aten.add.Tensor, values, by, like=values, label=what))
-        return
-    start, stop = reader.args[2] or 0, reader.args[3]
-    moved = [
-        start + by
-        if isinstance(start, int) and isinstance(by, int)
-        else shared_call(edit, operator.add, end, by, like=values, label=what)
-        for end in (start, stop)
-    ]
-    longer = edit.call(aten.slice.Tensor, *reader.args[:2], *moved, like=reader, label=what)
-    edit.redirect(reader, longer)
-    edit.erase([reader])
-
 
 def _check_options(prefix: Prefix) -> None:
-    for name, least in (("virtual_tokens", 1), ("hidden", 1), ("seed", 0)):
-        value = getattr(prefix, name)
-        if value is None and name == "hidden":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(
-                f"{name}={value!r} is no whole number of at least {least}", fix=f"Give {name}={max(8, least)}."
-            )
-    if not isinstance(prefix.sigma, (int, float)) or isinstance(prefix.sigma, bool) or not 0 <= prefix.sigma < math.inf:
-        raise UsageError(f"sigma={prefix.sigma!r} is no spread of random values", fix="Give a number such as 0.02.")
-    if not isinstance(prefix.projection, bool):
-        raise UsageError(f"projection={prefix.projection!r} is not true or false", fix="Give true or false.")
-    if prefix.hidden is not None and not prefix.projection:
+    tokens: Any = prefix.virtual_tokens
+    hidden: Any = prefix.hidden
+    for name, value in (("virtual_tokens", tokens), ("hidden", 1 if hidden is None else hidden)):
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise UsageError(f"{name} is {value!r}", fix=f"A whole number from 1 to {LARGEST}.")
+    check_number("sigma", prefix.sigma)
+    if prefix.sigma < 0:
+        raise UsageError(f"sigma is {prefix.sigma!r}", fix="A spread of at least 0.")
+    for name in ("projection", "deep"):
+        check_flag(name, getattr(prefix, name))
+    check_choice("positions", prefix.positions, ("auto", "shift", "keep"))
+    check_choice("init", prefix.init, ("random", "zero"))
+    check_seed("seed", prefix.seed)
+    check_adapter(prefix.adapter)
+    if prefix.submodules is not None and (type(prefix.submodules) is not int or prefix.submodules not in (1, 2)):
+        raise UsageError(f"submodules is {prefix.submodules!r}", fix="1 or 2, or nothing for what PEFT does.")
+    given: Any = prefix.attention
+    if isinstance(given, str) or not set(given) <= set(ROLES):
+        raise UsageError(f"attention is {given!r}", fix=f"A list of {', '.join(ROLES)}.")
+    given = prefix.layers
+    if isinstance(given, str) or any(type(index) is not int or index < 0 for index in given):
+        raise UsageError(f"layers is {given!r}", fix="A list of indices from 0.")
+    if hidden is not None and not prefix.projection:
         raise UsageError(
             "hidden is the width of the projection, and projection is off", fix="Give projection=True too."
         )
-    for name, allowed in (("positions", ("auto", "shift", "keep")), ("init", ("random", "zero"))):
-        if getattr(prefix, name) not in allowed:
-            raise UsageError(
-                f"{name}={getattr(prefix, name)!r} is not one of {', '.join(allowed)}", fix=f"Give {allowed[0]!r}."
-            )
-    if prefix.submodules not in (None, 1, 2):
-        raise UsageError(f"submodules={prefix.submodules!r} is not 1 or 2", fix="Leave it out for PEFT's own.")
-    if isinstance(prefix.attention, str) or not set(prefix.attention) <= set(ROLES):
-        raise UsageError(
-            f"attention={prefix.attention!r} holds more than {', '.join(ROLES)}", fix="Give a list of these."
-        )
-    if isinstance(prefix.layers, str) or any(
-        not isinstance(l, int) or isinstance(l, bool) or l < 0 for l in prefix.layers
-    ):
-        raise UsageError(f"layers={prefix.layers!r} are no indices from 0", fix="Give a list such as 0,1.")
-    if not prefix.adapter or not isinstance(prefix.adapter, str) or "." in prefix.adapter:
-        raise UsageError(f"adapter={prefix.adapter!r} is no name without dots", fix="Give a name such as 'default'.")
+    if prefix.deep:
+        for name, default in (("positions", "auto"), ("attention", ()), ("submodules", None), ("layers", ())):
+            if getattr(prefix, name) != default:
+                raise UsageError(f"{name} means nothing to deep prompts", fix=f"Leave {name} or deep out.")

@@ -98,9 +98,6 @@ class Columns:
     def _padded(self, node: Node, axis: int, neutral: float) -> Node:
         value = node.meta["val"]
         fill: Any = bool(neutral) if value.dtype is torch.bool else neutral
-        if isinstance(self.count, int):
-            pads = [0, 0] * (value.ndim - 1 - axis) + [self.count, 0]
-            return self.call(aten.constant_pad_nd.default, node, pads, fill, like=node, label="mask")
         sizes = [self.count if i == axis else size_of(self.edit, node, i) for i in range(value.ndim)]
         left = self.call(aten.new_full.default, node, sizes, fill, like=node, label="visible")
         return self.call(aten.cat.default, [left, node], axis, like=node, label="mask")
@@ -165,7 +162,7 @@ class Columns:
         operands = self.operands(node, axis, 0) or []
         found = {index: self._direction(each.node, each.axis) for index, each in enumerate(operands)}
         signs = [
-            -sign if node.target in {aten.sub.Tensor} and operands[i].index == 1 else sign for i, sign in found.items()
+            -sign if node.target is aten.sub.Tensor and operands[i].index == 1 else sign for i, sign in found.items()
         ]
         if node.target in {aten.neg.default, aten.rsub.Scalar}:
             signs = [-sign for sign in signs]
@@ -293,7 +290,7 @@ def unknown_bias(edit: Edit, node: Node) -> RewriteError:
     )
 
 
-# -- operations of one step ---------------------------------------------------------------------------------------------
+# -- operations of one step -------------------------------------------------------------------------------------------
 
 
 def shared_call(edit: Edit, operation: Any, *args: Any, like: Node, label: str, **kwargs: Any) -> Node:

@@ -167,7 +167,7 @@ def _last(node: Node) -> int:
 
 
 def _plain(ndim: int) -> tuple[int | None, int | None, int, int] | None:
-    return {4: (0, 1, 2, 3), 3: (0, None, 1, 2), 2: (None, None, 0, 1)}.get(ndim)  # type: ignore[return-value]
+    return {4: (0, 1, 2, 3), 3: (0, None, 1, 2), 2: (None, None, 0, 1)}.get(ndim)
 
 
 def _product_layout(product: Node, operand: Node, *, is_key: bool) -> tuple[int | None, int | None, int, int] | None:

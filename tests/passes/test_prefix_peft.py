@@ -16,7 +16,13 @@ from rewriter.trace import trace
 from tests.models import TINY, Example, _decoder, randomise, traced
 
 VIRTUAL = 5
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "opt": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "opt": "CAUSAL_LM",
+    "bert": "FEATURE_EXTRACTION",
+    "t5": "SEQ_2_SEQ_LM",
+}
 
 
 def t5(layers: int) -> Example:
