@@ -2,6 +2,7 @@
 
 from passes.adalora import Adalora as Adalora
 from passes.adapter import Adapter as Adapter
+from passes.adapterhub import AdapterHubAdapter as AdapterHubAdapter
 from passes.bake import Bake as Bake
 from passes.compose import Compose as Compose
 from passes.diff_pruning import Binarise as Binarise
@@ -24,6 +25,7 @@ from passes.vera import Vera as Vera
 __all__ = [
     "Adalora",
     "Adapter",
+    "AdapterHubAdapter",
     "Bake",
     "Binarise",
     "Compose",

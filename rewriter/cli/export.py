@@ -15,13 +15,20 @@ from rewriter.cli.trace import DTYPES
 if TYPE_CHECKING:
     from rewriter.program import Program
 
-ENDINGS = {"onnx": ".onnx", "torch": ".torch.pt2", "huggingface": "-huggingface", "peft": "-adapter"}
+ENDINGS = {
+    "onnx": ".onnx",
+    "torch": ".torch.pt2",
+    "huggingface": "-huggingface",
+    "peft": "-adapter",
+    "adapterhub": "-adapter",
+}
 # which format takes which option
 TAKES = {
     "onnx": {"opset", "tolerance", "external_data"},
     "torch": {"device", "dtype"},
     "huggingface": {"dtype", "companions"},
     "peft": {"adapter", "base_model"},
+    "adapterhub": {"adapter", "base_model"},
 }
 
 
@@ -42,8 +49,8 @@ TAKES = {
     type=click.Path(path_type=Path),
     help="huggingface: take the tokenizer from here.",
 )
-@click.option("--adapter-name", "adapter", metavar="NAME", help="peft: which adapter. Default: default.")
-@click.option("--base-model", metavar="NAME", help="peft: the name of the base that the adapter records.")
+@click.option("--adapter-name", "adapter", metavar="NAME", help="peft, adapterhub: which adapter. Default: default.")
+@click.option("--base-model", metavar="NAME", help="peft, adapterhub: the name of the base that the adapter records.")
 @as_json
 @loading
 @verbosity
@@ -107,6 +114,14 @@ def _peft(
     return {"path": str(write_adapter(program, path, overwrite=overwrite, **options))}
 
 
+def _adapterhub(
+    program: Program, path: Path, overwrite: bool, options: dict[str, Any], _inputs: list[Path]
+) -> dict[str, Any]:
+    from passes.adapterhub_write import write_adapterhub
+
+    return {"path": str(write_adapterhub(program, path, overwrite=overwrite, **options))}
+
+
 def _dtype(options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -118,4 +133,5 @@ WRITERS: dict[str, Callable[[Program, Path, bool, dict[str, Any], list[Path]], d
     "torch": _torch,
     "huggingface": _huggingface,
     "peft": _peft,
+    "adapterhub": _adapterhub,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rewriter.transform import Pass
 
 KEY = "rewriter.passes"
-DIRECTORY_PASS = "peft"  # what `--adapter DIR` is short for
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,11 @@ def _split(args: list[str], own: Collection[str]) -> tuple[list[str], list[Chose
 
 def _choose(name: str, value: str) -> Chosen:
     from rewriter.cli.registry import entry
+    from rewriter.formats.sniff import Kind, sniff
 
-    if name == "--adapter":
-        return Chosen(entry(DIRECTORY_PASS), ["--directory", value])
+    if name == "--adapter":  # short for the pass that reads such a directory
+        is_adapterhub = Path(value).is_dir() and sniff(Path(value)) is Kind.ADAPTERHUB
+        return Chosen(entry("adapterhub" if is_adapterhub else "peft"), ["--directory", value])
     return Chosen(entry(value))
 
 

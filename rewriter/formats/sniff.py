@@ -72,7 +72,7 @@ ADVICE = {
     Kind.UNKNOWN: "Check that the file is complete and what wrote it.",
     Kind.HUGGINGFACE: "Pass it where a model is expected.",
     Kind.PEFT_ADAPTER: "Pass it with --adapter, together with its base model.",
-    Kind.ADAPTERHUB: "Convert it to a PEFT adapter with the `adapters` library.",
+    Kind.ADAPTERHUB: "Pass it with --adapter (the pass adapterhub), together with its base model.",
     Kind.DIRECTORY: "Name a model file, or a directory that has config.json.",
 }
 
@@ -227,12 +227,12 @@ def _adapter(path: Path) -> Kind:
     config = read_json(path)
     if "peft_type" in config:
         return Kind.PEFT_ADAPTER
-    if "config" in config and str(config.get("version", "")).startswith("adapters."):
+    if "config" in config and ("model_type" in config or str(config.get("version", "")).startswith("adapters.")):
         return Kind.ADAPTERHUB
     raise RewriteError(
         f"{path} is neither a PEFT nor an AdapterHub configuration",
         evidence=[
-            "PEFT has the key peft_type; AdapterHub has config and version (adapters.*)",
+            "PEFT has the key peft_type; AdapterHub has config, and model_type or version (adapters.*)",
             f"keys: {', '.join(list(config)[:12]) or 'none'}",
         ],
         fix="Save the adapter again with `save_pretrained`.",

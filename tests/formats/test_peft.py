@@ -88,7 +88,7 @@ Merge this adapter in PEFT and trace the merged model, or trace the PEFT model i
         {"peft_type": ...},
         RewriteError,
         """DIR/adapter_config.json is neither a PEFT nor an AdapterHub configuration
-  PEFT has the key peft_type; AdapterHub has config and version (adapters.*)
+  PEFT has the key peft_type; AdapterHub has config, and model_type or version (adapters.*)
   keys: peft_version, r, lora_alpha, target_modules, task_type
 Save the adapter again with `save_pretrained`.""",
     ),
@@ -97,7 +97,7 @@ Save the adapter again with `save_pretrained`.""",
         RewriteError,
         """DIR is an AdapterHub adapter directory
   expected a PEFT adapter directory
-Convert it to a PEFT adapter with the `adapters` library.""",
+Pass it with --adapter (the pass adapterhub), together with its base model.""",
     ),
     (
         {"r": 0, "lora_alpha": "16"},
