@@ -34,7 +34,8 @@ class Merge:
 
     No table of methods: whatever a proof shows to be affine in the layer's input folds, also in a model that another
     library built. All updates of a weight are accumulated in `precision` and rounded once. A weight that others read
-    too (tied embeddings) is refused, or with `untie` gets a tensor of its own.
+    too (tied embeddings) is refused, or with `untie` gets a tensor of its own. The passes named in `keep` stay in the
+    graph as they are: what cannot fold, such as an adapter's bottleneck or a prefix, beside a LoRA that can.
 
     Raises `RewriteError` when there is nothing to merge, or when a pass's parameter is not affine, naming the
     operation; `LawError` when a folded weight is not finite.
@@ -47,6 +48,7 @@ class Merge:
     precision: Literal["fp32", "fp64"] = "fp32"
     untie: bool = False
     allow_nonfinite: bool = False
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISION:
@@ -63,15 +65,18 @@ class Merge:
         if any(tensor.dtype is torch.float64 for tensor in program.parameters().values()):
             precision = torch.float64
         constants = Constants(program, precision)
+        kept = self._kept(program)
         found, broken = folds(program, constants)
+        found = [fold for fold in found if kept.isdisjoint(fold.reads)]
         missed = [Miss(path, f"%{error.node.name}: {error.reason}") for path, error in broken]
         stands = stand_ins(program, constants)
         if not self.untie:  # a weight of several readers is folded for all of them, where that is all there is to fold
             found = [fold for fold in found if not _is_covered(program, fold, stands)]
         folded = frozenset().union(*(fold.reads for fold in found))
+        stands = {name: site for name, site in stands.items() if kept.isdisjoint(site.reads)}
         settled = {site.path: site for site in stands.values() if folded.isdisjoint(site.names)}
         held = frozenset().union(*(site.reads for site in settled.values()))
-        rest = [each for each in leftover(program, constants, found, broken) if each[0] not in held]
+        rest = [each for each in leftover(program, constants, found, broken) if each[0] not in held | kept]
         if rest:
             raise refuse(program, *rest[0])
         if not found and not settled:
@@ -93,6 +98,18 @@ class Merge:
                     fix="Give the merged layer a weight of its own with --untie.",
                 )
         return Sites((*settled.values(), *found), tuple(missed))
+
+    def _kept(self, program: Program) -> frozenset[str]:
+        """The parameters of the passes that stay."""
+        names = [step.name for step in program.steps]
+        unknown = [name for name in self.keep if name not in names]
+        if unknown:
+            raise UsageError(
+                f"keep names {unknown[0]!r}, which is no pass of this program",
+                evidence=[f"its passes: {', '.join(dict.fromkeys(names)) or 'none'}"],
+                fix="Name passes that were applied.",
+            )
+        return frozenset(name for step in program.steps if step.name in self.keep for name in step.added)
 
     # -- what ---------------------------------------------------------------------------------------------------
 

@@ -350,8 +350,10 @@ def refuse(program: Program, name: str, node: Node, reason: str) -> RewriteError
     """The error for a parameter that cannot be folded, with the program's lines around the node."""
     from rewriter.text import around
 
+    made = next((step.name for step in program.steps if name in step.added), None)
+    keep = f"Leave it in the graph with --keep {made}" if made else "Leave it in the graph"
     return RewriteError(
         f"{name} cannot be merged: {reason}",
         evidence=around(program, node),
-        fix="Keep this pass in the graph and export the program with its branch, or undo it before merging.",
+        fix=f"{keep}, export the program with its branch, or undo it before merging.",
     )

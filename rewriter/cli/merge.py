@@ -16,6 +16,7 @@ from rewriter.cli.options import Load, as_json, beside, existing, free, loading,
 @overwriting
 @click.option("--precision", type=click.Choice(("fp32", "fp64")), default="fp32", help="Accumulate in this type.")
 @click.option("--untie", is_flag=True, help="Give a merged layer whose weight is shared one of its own.")
+@click.option("--keep", metavar="PASS,...", default="", help="Leave what these passes added in the graph.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep weights that are NaN or infinite after the merge.")
 @click.option("--dry-run", "dry", is_flag=True, help="Show what would be folded; write nothing.")
 @click.option("--no-check", "check", is_flag=True, default=True, flag_value=False, help="Skip the check of the law.")
@@ -28,6 +29,7 @@ def command(
     overwrite: bool,
     precision: str,
     untie: bool,
+    keep: str,
     allow_nonfinite: bool,
     dry: bool,
     check: bool,
@@ -37,7 +39,8 @@ def command(
     """Fold every affine update into the weight beside it; `undo` takes it back bit for bit."""
     from rewriter.cli.registry import entry
 
-    options = {"precision": precision, "untie": untie, "allow_nonfinite": allow_nonfinite}
+    kept = tuple(filter(None, (name.strip() for name in keep.split(","))))
+    options = {"precision": precision, "untie": untie, "allow_nonfinite": allow_nonfinite, "keep": kept}
     passes = (entry("merge").kind(**options),)
     if dry:
         dry_run(load(source), passes, as_json=as_json)

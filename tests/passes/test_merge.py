@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import rewriter
-from passes import Lora, Merge
-from rewriter.errors import LawError, RewriteError
+from passes import Adapter, Lora, Merge, Prefix, Prompt
+from rewriter.errors import LawError, RewriteError, UsageError
 from rewriter.program import Program
 from rewriter.text import text
+from rewriter.transform import Pass
 from tests.models import TINY, traced
 from tests.oracle import distance, merged_weight, operations, run, traced_double, trained
 
@@ -300,3 +301,23 @@ def test_fp64_accumulation_gives_the_fp64_fold_rounded_once() -> None:
     exact = {name: tensor.detach().double() for name, tensor in adapted.tensors.items()}
     for site in result.sites:
         assert torch.equal(merged.tensor(site.weight), merged_weight(lora, site, exact).bfloat16())
+
+
+@pytest.mark.parametrize("other", [Adapter(bottleneck=5), Prefix(virtual_tokens=4), Prompt(virtual_tokens=4)])
+def test_what_cannot_fold_stays_when_it_is_named(other: Pass) -> None:
+    base = traced("llama")
+    both = trained(rewriter.apply(base, Lora(rank=3, alpha=5), other).program)
+    alone = trained(rewriter.apply(base, Lora(rank=3, alpha=5)).program)
+    with pytest.raises(RewriteError, match=f"--keep {other.name}"):
+        rewriter.apply(both, Merge())
+    merged = rewriter.apply(both, Merge(keep=(other.name,))).program
+    assert not [name for name in merged.tensors if "lora_" in name]
+    assert distance(run(merged, "llama"), run(both, "llama")) < 1e-4
+    assert distance(run(merged, "llama"), run(alone, "llama")) > 1e-2
+    kept = rewriter.apply(base, other).program
+    assert len(operations(merged)) == len(operations(kept))
+    assert rewriter.text(rewriter.undo(merged)) == rewriter.text(both)
+    with pytest.raises(UsageError, match="no pass of this program"):
+        rewriter.apply(both, Merge(keep=("adaptor",)))
+    with pytest.raises(RewriteError, match="nothing to merge"):
+        rewriter.apply(kept, Merge(keep=(other.name,)))
