@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import rewriter
+from passes import Prompt
 from rewriter.edit import Edit
 from rewriter.errors import RewriteError
+from rewriter.formats.random_inputs import different_sizes
 from rewriter.program import Program
+from rewriter.trials import verified
 from rewriter.verify import outputs, structure
-from tests.models import traced
+from tests.models import TINY, traced
 from tests.oracle import example, run
 
 aten = torch.ops.aten
@@ -97,3 +100,13 @@ def test_an_output_is_added_and_taken_away(name: str, tmp_path: Path) -> None:
     assert rewriter.text(again) == rewriter.text(traced(name))
     with pytest.raises(RewriteError, match="not the last output"):
         Edit(again, number=3, name="wrong").remove_output(parameter)
+
+
+def test_positions_from_the_caller_stay_inside_the_table_after_a_prompt() -> None:
+    module, args, kwargs = TINY["gpt2"]()
+    kwargs["position_ids"] = torch.arange(7).repeat(3, 1)
+    program = rewriter.trace(module, args, kwargs)
+    result = rewriter.apply(program, Prompt(virtual_tokens=20))
+    assert result.applied[0].change is not None
+    assert different_sizes(result.program, 0)
+    assert verified(result.program).trials

@@ -96,9 +96,13 @@ def _limit(positions: dict[str, int], index: Node, largest: int) -> None:
     value = index.meta.get("val")
     shape: Any = value.shape if isinstance(value, Tensor) else ()
     for size in shape:
-        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-            symbol = str(size.node.expr)
-            positions[symbol] = min(largest, positions.get(symbol, largest))
+        if not isinstance(size, torch.SymInt) or len(size.node.expr.free_symbols) != 1:
+            continue
+        (symbol,) = size.node.expr.free_symbols
+        more = size.node.expr - symbol  # a prompt's rows, which are no tokens of the caller's
+        if more.is_number:
+            room = largest - int(more)
+            positions[str(symbol)] = min(room, positions.get(str(symbol), room))
 
 
 def _lookups(node: Node) -> Iterator[tuple[Any, Node]]:
