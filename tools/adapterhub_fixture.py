@@ -81,9 +81,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 def base(kind: str, head: str = "") -> nn.Module:
     """A tiny model in eval mode, the same in both environments."""
     if kind == "vit" and VIT.exists():
-        model: nn.Module = AutoModel.from_pretrained(VIT, attn_implementation="eager")
-        return model.eval()
-    model = HEADS[head].from_config(AutoConfig.for_model(kind, **KINDS[kind], attn_implementation="eager"))
+        kept: Any = AutoModel.from_pretrained(VIT, attn_implementation="eager")
+        kept.name_or_path = kept.config._name_or_path = ""  # a path would not be the same on every machine
+        return kept.eval()  # type: ignore[no-any-return]
+    model: nn.Module = HEADS[head].from_config(AutoConfig.for_model(kind, **KINDS[kind], attn_implementation="eager"))
     randomise(model)
     return model.eval()
 

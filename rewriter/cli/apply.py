@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(cls=PassCommand, no_args_is_help=True)
 @click.argument("source", metavar="MODEL")
 @click.option("--pass", metavar="NAME", expose_value=False, help="Apply this pass. Its options follow it.")
-@click.option("--adapter", metavar="DIR", expose_value=False, help="Apply a PEFT adapter directory.")
+@click.option("--adapter", metavar="DIR", expose_value=False, help="Apply an adapter directory of PEFT or AdapterHub.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Apply the passes of a recipe file.")
 @output("beside the input, named after the passes")
 @overwriting

@@ -177,9 +177,10 @@ def _valid(path: Path, kind: type[T], held: dict[str, Any]) -> T:
     try:
         return kind.model_validate(held)
     except ValidationError as error:
-        lines = []
+        said: dict[str, list[str]] = {}  # by field: what each of its possible types says
         for each in error.errors():
-            where = ".".join(str(part) for part in each["loc"])
             text = each["msg"].replace("Input should", "should").replace("Field required", "missing")
-            lines.append(f"{where}: {text}" if text == "missing" else f"{where}: {each['input']!r}, {text}"[:200])
+            given = "" if text == "missing" else f"{each['input']!r}, "[:100]
+            said.setdefault(f"{each['loc'][0]}: {given}", []).append(text)
+        lines = [field + ", or ".join(texts) for field, texts in said.items()]
         raise RewriteError(f"{path} is not valid", evidence=lines[:8], fix="Correct these fields.") from None
