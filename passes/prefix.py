@@ -142,13 +142,13 @@ class Prefix:
         moved = []
         for each in read:
             full = isinstance(each.length, int) and each.rows is not None
-            room = math.inf if each.rows is None else each.rows - (each.length if full else 1)
+            room = math.inf if each.rows is None else each.rows - each.first - (each.length if full else 1)
             if full and self.positions == "auto" and room < self.virtual_tokens:
                 continue
             if room < self.virtual_tokens:
                 raise UsageError(
                     f"{self.virtual_tokens} virtual tokens do not fit before the tokens",
-                    evidence=[f"{each.path} has {each.rows} positions"],
+                    evidence=[f"{each.path} has {each.rows} rows, and row {each.first} is that of the first token"],
                     fix=f"Give at most {max(int(room), 0)} virtual tokens, or positions=keep.",
                 )
             moved.append(Shifted(each.path, each, past))

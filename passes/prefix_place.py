@@ -12,7 +12,7 @@ from torch.fx import Node
 from rewriter.attention import Attention, Operands, attention_operands, attentions
 from rewriter.errors import RewriteError
 from rewriter.find import Miss
-from rewriter.program import Program
+from rewriter.program import Program, module_path
 from rewriter.text import line
 from rewriter.view import NO_CHANGE, Linear, layers, top
 
@@ -93,6 +93,11 @@ def places(program: Program) -> tuple[list[Place], list[Miss]]:
             crossing.append(operands.key)
         role = "cross" if crosses else "self"
         result.append(Place(attention.path, role, attention.node, operands, key, value))
+    if not result and not missed:
+        missed = [
+            Miss(module_path(node), f"a softmax of what is no product: {line(program, node)}")
+            for node in softmaxes(program)
+        ]
     encoder = ancestors(crossing)
     own = "decoder" if crossing else "self"
     caching = next((place.key for place in result if place.key.past is not None), None)
@@ -104,6 +109,10 @@ def places(program: Program) -> tuple[list[Place], list[Miss]]:
         )
         for place in result
     ], missed
+
+
+def softmaxes(program: Program) -> list[Node]:
+    return [node for node in program.graph.nodes if node.target in (aten.softmax.int, aten._softmax.default)]
 
 
 def ancestors(nodes: Iterable[Node], stop: frozenset[Node] = frozenset()) -> set[Node]:
@@ -277,13 +286,26 @@ def _in_cache(program: Program, entry: Entry) -> Entry | str:
         past = source
     if past not in program.inputs():
         return entry
-    if entry.repeat > 1:
+    forgets = _returns_some(node)
+    if entry.repeat > 1 or forgets:
+        reason = "forgets its first rows (a sliding window)" if forgets else "has a fixed length"
         raise RewriteError(
-            "the length of the cache is fixed, so no prefix can enter it",
+            f"the cache {reason}, so a prefix cannot be kept in it",
             evidence=[line(program, node)],
-            fix="Trace with a cache whose length may vary.",
+            fix="Trace with a cache that keeps every row and whose length may vary, or without one.",
         )
     return replace(entry, node=node, reader=reader, past=past)
+
+
+def _returns_some(node: Node) -> bool:
+    """Whether a part of the rows is returned."""
+    todo, cut = [node], set[Node]()
+    while todo:
+        for user in todo.pop().users:
+            if user.target is aten.slice.Tensor and user not in cut:
+                todo.append(user)
+                cut.add(user)
+    return any(not _is_whole_slice(each) and any(user.op == "output" for user in each.users) for each in cut)
 
 
 def numbered(chosen: Sequence[Place], *, in_fours: bool) -> Iterator[Place]:

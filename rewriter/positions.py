@@ -19,7 +19,16 @@ WAVES = {aten.cos.default, aten.sin.default, aten.polar.default}
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 COUNTS = {*ARANGES, aten.cumsum.default}
 # Operations after which a position p + n is still n more than p; a product is one with a mask of zeros and ones.
-MOVES_ALONG = {*PASS_ON, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.repeat.default, aten.clamp.default}
+MOVES_ALONG = {
+    *PASS_ON,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.type_as.default,
+    aten._to_copy.default,
+    aten.repeat.default,
+    aten.clamp.default,
+}
 # Operations that a position goes through on its way to a sine: all but powers, which make the frequencies.
 LINEAR = {
     *PASS_ON,
@@ -53,6 +62,11 @@ class Positions:
     @property
     def sliced(self) -> bool:
         return self.values is self.reader
+
+    @property
+    def first(self) -> int:
+        """What is looked up for the first token: some tables begin with rows for padding."""
+        return 0 if self.sliced else _first(self.values)
 
     @property
     def length(self) -> Any:
@@ -128,6 +142,17 @@ def counts(program: Program, value: object) -> bool:
         if node.op == "call_function" and node.target in MOVES_ALONG and not _is_difference(node):
             todo.extend(node.args[:2] if node.target in (aten.add.Tensor, aten.mul.Tensor) else node.args[:1])
     return False
+
+
+def _first(value: object) -> int:
+    """The first number of a count, with what is added to it on the way."""
+    added = 0
+    while isinstance(value, Node) and value.target in MOVES_ALONG:
+        other = value.args[1] if len(value.args) > 1 else None
+        if isinstance(other, int) and value.target in (aten.add.Tensor, aten.sub.Tensor):
+            added += other if value.target is aten.add.Tensor else -other
+        value = value.args[0]
+    return added + (isinstance(value, Node) and value.target is aten.cumsum.default)
 
 
 def _is_difference(node: Node) -> bool:

@@ -395,7 +395,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         ("mlp", Prefix(), "no attention"),
         ("conv", Prefix(), "no attention"),
         ("gpt2", Prefix(virtual_tokens=43), "do not fit"),
-        ("opt", Prefix(virtual_tokens=45), "do not fit"),
+        ("opt", Prefix(virtual_tokens=43), "row 2 is that of the first token"),
         ("bert", Prefix(virtual_tokens=43), "do not fit"),
         ("gpt2", Prefix(attention=("cross",)), "no attention of the kind cross"),
         ("gpt2", Prefix(layers=(0, 2)), "layer 2 of 2"),

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import rewriter
 from passes import Lora, Prefix
+from rewriter.errors import RewriteError
 from rewriter.formats.onnx import export_onnx
 from rewriter.program import Program
 from rewriter.trace import trace
 from tests.models import TINY
-from tests.passes.test_prefix_peft import VIRTUAL, reference
+from tests.passes.test_prefix_peft import VIRTUAL, mistral, reference
 
 NEW = 20
 HEADS = {"llama": (2, 6), "gpt2": (4, 6)}
@@ -155,6 +156,20 @@ def test_the_cache_holds_the_prefix_once() -> None:
     new = logits[:, -1].argmax(-1, keepdim=True)
     _, held = step(new, torch.cat([ones(mask, VIRTUAL), mask, ones(mask, 1)], 1), held)
     assert held.layers[1].values.shape[2] == VIRTUAL + ids.shape[1] + 1
+
+
+def test_a_cache_that_forgets_is_refused() -> None:
+    from transformers import DynamicCache
+
+    model, _, kwargs = mistral()
+    held = DynamicCache(config=model.config)
+    for layer in range(2):
+        held.update(torch.ones(3, 2, 5, 6), torch.ones(3, 2, 5, 6), layer)
+    mask = torch.ones(3, 16, dtype=torch.long)
+    given = {"input_ids": kwargs["input_ids"], "attention_mask": mask, "past_key_values": held, "use_cache": True}
+    program = trace(model, (), given)
+    with pytest.raises(RewriteError, match="sliding window"):
+        rewriter.apply(program, Prefix(virtual_tokens=VIRTUAL))
 
 
 def test_undo_leaves_no_difference() -> None:

@@ -11,9 +11,10 @@ import torch
 
 import rewriter
 from passes import Prefix
+from rewriter.errors import RewriteError
 from rewriter.program import Program
 from rewriter.trace import trace
-from tests.models import TINY, Example, _decoder, randomise, traced
+from tests.models import TINY, Example, _decoder, llama_config, randomise, traced
 
 VIRTUAL = 5
 TASKS = {
@@ -145,10 +146,50 @@ def gemma3() -> Example:
     return _decoder(Gemma3ForCausalLM(config), 31, length=11)
 
 
+def roberta() -> Example:
+    """Positions are counted from the tokens that are no padding, behind the row of the padding."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=37,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=52,
+        max_position_embeddings=43,
+        pad_token_id=1,
+    )
+    _, _, kwargs = TINY["bert"]()
+    return randomise(RobertaModel(config)), (), {name: kwargs[name] for name in ("input_ids", "attention_mask")}
+
+
+def eager() -> Example:
+    """Attention as matmul, softmax and matmul."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(llama_config())
+    model.set_attn_implementation("eager")
+    return _decoder(model, 31)
+
+
+@pytest.mark.parametrize(("build", "task"), [(roberta, "FEATURE_EXTRACTION"), (eager, "CAUSAL_LM")])
+def test_equals_peft_on_models_written_otherwise(build: Callable[[], Example], task: str) -> None:
+    compare(build(), task, trace(*build()), Prefix(virtual_tokens=VIRTUAL))
+
+
 @pytest.mark.parametrize("build", [mistral, gemma3])
 def test_equals_peft_where_a_window_slides(build: Callable[[], Example]) -> None:
     program = trace(*build())
     compare(build(), "CAUSAL_LM", program, Prefix(virtual_tokens=VIRTUAL))
+
+
+def test_alibi_is_refused_by_name() -> None:
+    from transformers import MptConfig, MptForCausalLM
+
+    sizes = {"vocab_size": 31, "d_model": 24, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64}
+    program = trace(*_decoder(MptForCausalLM(MptConfig(pad_token_id=0, **sizes)), 31))
+    with pytest.raises(RewriteError, match="ALiBi"):
+        rewriter.apply(program, Prefix(virtual_tokens=VIRTUAL))
 
 
 def test_key_layout_is_that_of_peft() -> None:
