@@ -165,7 +165,7 @@ def _check_coverage(config: TargetedConfig, program: Program, where: Place) -> N
     """The configuration and the tensors must mean the same modules."""
     files, held = where.files, set(where.paths)
     if isinstance(config, LayerNormConfig):
-        held = {name.rpartition(".")[0] for name in files.base}
+        held = {owner for name in files.base if not config.saves(owner := name.rpartition(".")[0])}
         candidates = {where.here(norm.path) for norm in norms(program)}
     else:
         candidates = {where.here(site.path) for site in layers(program).values()}

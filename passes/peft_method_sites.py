@@ -67,7 +67,8 @@ def method_sites(where: Place, program: Program, adapter: str) -> tuple[Pass, Si
     base = where.parameters(_trained(where, program, list(held)))
     missed = tuple(Miss(where.there(path), "the program never runs this module") for path in where.idle)
     if isinstance(files.config, LayerNormConfig):
-        names = tuple(dict.fromkeys(site.path.rpartition(".")[0] for site in base))
+        owners = (site.path.rpartition(".")[0] for site in base)
+        names = tuple(dict.fromkeys(path for path in owners if not files.config.saves(where.here(path))))
         return LayerNormTuning(targets=names), Sites(tuple(base), missed)
     pass_ = _pass(files.config, held, old, adapter)
     sites = pass_.find(program)

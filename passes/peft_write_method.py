@@ -13,6 +13,7 @@ from passes.peft_prompts import TABLES, table
 from rewriter.errors import RewriteError
 from rewriter.formats import peft
 from rewriter.formats.peft_config import KNOWN_VERSION, TYPES
+from rewriter.formats.peft_methods import LayerNormConfig
 from rewriter.formats.peft_targets import TargetedConfig, short_names
 from rewriter.program import Program, Step
 from rewriter.transform import Pass
@@ -43,35 +44,72 @@ def method_files(
     type_ = type_of(step)
     assert type_ is not None
     among = [path for path in modules(program) if not {*path.split(".")} & {*TYPES[type_].endings}]
+    given: Mapping[str, Any] = step.options.get("config", {}) if step.name == "peft" else {}
     base = [name for name in step.trainable if name not in step.added]
+    tensors: dict[str, torch.Tensor] = {}
     if type_ == "LN_TUNING":
-        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in base))
-        fields: dict[str, Any] = {"target_modules": short_names(owners, among)}
-        tensors = {_norm_key(name): program.tensor(name) for name in base}
+        names = given.get("modules_to_save") or step.options.get("modules_to_save", ())
+        saved = [
+            name for name in base if LayerNormConfig(target_modules=[], modules_to_save=[*names]).saves(_owner(name))
+        ]
+        norms = [name for name in base if name not in saved]
+        fields: dict[str, Any] = {"target_modules": short_names(list(dict.fromkeys(map(_owner, norms))), among)}
+        tensors |= {
+            f"{peft.PREFIX}{_owner(name)}.ln_tuning_layers.{_leaf(name)}": program.tensor(name) for name in norms
+        }
     elif type_ in TABLES:
         prompts = table(program, adapter)
-        fields, tensors = TABLES[type_].fields(program, step, prompts), {"prompt_embeddings": prompts}
+        fields, saved = TABLES[type_].fields(program, step, prompts), base
+        tensors["prompt_embeddings"] = prompts
     else:
         held = _held(program, step, type_, adapter)
         adapted = {path: kinds for path, kinds in held.items() if path}
         _check_layers(program, type_, adapted)
         fields = METHODS[type_].fields(_pass_of(step, type_, adapted), adapted, among)
-        tensors = {_key(path, kind): tensor for path, kinds in held.items() for kind, tensor in kinds.items()}
-        tensors |= {peft.PREFIX + name: program.tensor(name) for name in base}
-        fields["modules_to_save"] = list(dict.fromkeys(name.rpartition(".")[0] for name in base)) or None
-        _check_meaning(type_, fields, adapted, among)
+        tensors |= {_key(path, kind): tensor for path, kinds in held.items() for kind, tensor in kinds.items()}
+        whole = {_owner(name) for name in base if "bias" not in _leaf(name)}
+        saved = [name for name in base if _owner(name) in whole]
+        biases = [name for name in base if name not in saved]
+        if biases:
+            fields["bias"] = _bias_mode(type_, fields, biases, adapted)
+        for name in biases:
+            inner = "base_layer." if _owner(name) in adapted else ""
+            tensors[f"{peft.PREFIX}{_owner(name)}.{inner}{_leaf(name)}"] = program.tensor(name)
+        _check_meaning(type_, {**fields, "modules_to_save": list(whole)}, adapted, among)
+    prefix = "base_model." if type_ in TABLES else peft.PREFIX
+    tensors |= {prefix + name: program.tensor(name) for name in saved}
     config = {
         "auto_mapping": None,
         **({} if type_ in TABLES else {"exclude_modules": None}),
         "inference_mode": True,
-        "modules_to_save": None,
         "peft_type": type_,
         "peft_version": ".".join(map(str, (*KNOWN_VERSION, 0))),
         "revision": None,
         **common,
+        **({"task_type": given["task_type"]} if given.get("task_type") else {}),
         **fields,
+        "modules_to_save": list(dict.fromkeys(map(_owner, saved))) or None,
     }
     return config, tensors
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _bias_mode(type_: str, fields: Mapping[str, Any], biases: list[str], adapted: Kinds) -> str:
+    """What PEFT calls the biases that train, where a method knows of such."""
+    if "bias" not in fields:
+        raise RewriteError(
+            f"{biases[0]} trains, and PEFT's {type_} has no trained biases", fix="Export the whole model, merged."
+        )
+    if {_owner(name) for name in biases} <= set(adapted):
+        return "vera_only" if type_ == "VERA" else "lora_only"
+    return "all"
 
 
 def _held(program: Program, step: Step, type_: str, adapter: str) -> Kinds:
@@ -93,11 +131,6 @@ def _held(program: Program, step: Step, type_: str, adapter: str) -> Kinds:
 
 def _key(path: str, kind: str) -> str:
     return f"{peft.PREFIX}{path}.{kind}" if path else f"base_model.{kind}"
-
-
-def _norm_key(name: str) -> str:
-    owner, _, leaf = name.rpartition(".")
-    return f"{peft.PREFIX}{owner}.ln_tuning_layers.{leaf}"
 
 
 def _pass_of(step: Step, type_: str, adapted: Kinds) -> Pass:

@@ -133,7 +133,7 @@ class Prefix:
 
     def _shifted(self, program: Program, every: Sequence[Place], own: Sequence[Place]) -> list[Shifted]:
         """Where positions are read that a cache of the prefix would move: those of the sequences that get one."""
-        crossing = frozenset(p.key.node for p in every if p.role == "cross")
+        crossing = frozenset(node for p in every if p.role == "cross" for node in (p.key.node, p.value.node))
         cone = ancestors((node for p in own for node in (p.operands.query, p.key.node)), crossing)
         read = [each for each in positions(program) if each.reader in cone]
         past = next((place.past for place in own if place.past is not None), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import warnings
@@ -20,7 +22,7 @@ from passes.peft_write import write_adapter
 from rewriter.errors import RewriteError, UsageError
 from rewriter.program import Program
 from rewriter.verify import outputs
-from tests.models import TINY, traced
+from tests.models import TINY, randomise, traced
 from tests.oracle import example
 
 peft = pytest.importorskip("peft")
@@ -193,3 +195,54 @@ def test_a_directory_that_disagrees_with_itself_is_refused(
     with pytest.raises(RewriteError) as error:
         read_adapter(tmp_path, traced("llama")).apply(traced("llama"))
     assert re.search(said, str(error.value)), str(error.value)
+
+
+HEADS: dict[str, Callable[[], Any]] = {
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=4, encoder_hidden_size=9),
+    "LN_TUNING": lambda: peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]),
+    "VERA": lambda: peft.VeraConfig(task_type="SEQ_CLS", r=5, bias="vera_only", target_modules=["query", "value"]),
+    "ADALORA": lambda: peft.AdaLoraConfig(
+        task_type="SEQ_CLS", init_r=4, total_step=9, tinit=1, tfinal=2, bias="all", target_modules=["query"]
+    ),
+    "IA3": lambda: peft.IA3Config(task_type="SEQ_CLS", target_modules=["key", "value"], feedforward_modules=[]),
+}
+
+
+@functools.cache
+def classifier() -> tuple[torch.nn.Module, Program]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=37,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=52,
+        max_position_embeddings=43,
+        num_labels=5,
+    )
+    module = randomise(BertForSequenceClassification(config))
+    kwargs = {key: value for key, value in example("bert")[1].items() if key != "token_type_ids"}
+    return module, rewriter.trace(module, (), kwargs)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_trained_head_and_trained_biases_come_and_go_along(kind: str, tmp_path: Path) -> None:
+    module, base = classifier()
+    kwargs = {key: value for key, value in example("bert")[1].items() if key != "token_type_ids"}
+    model = peft.get_peft_model(copy.deepcopy(module), HEADS[kind]()).eval()
+    generator = torch.Generator().manual_seed(5)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "ranknum" not in key:
+            parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "theirs")
+    program = read_adapter(tmp_path / "theirs", base).apply(base).program
+    written = write_adapter(program, tmp_path / "ours")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        expected = model(**kwargs).logits
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(module), written).eval()(**kwargs).logits
+    assert difference(base(**kwargs).logits, expected) > 0.1
+    assert difference(program(**kwargs).logits, expected) < 1e-5
+    assert difference(again, expected) < 1e-5
