@@ -316,7 +316,7 @@ def test_a_merge_names_the_operation_that_is_not_affine(form: Any, activation: A
     with pytest.raises(RewriteError, match=rf"down\.adapter\.default.* cannot be merged: {activation} is not") as error:
         rewriter.apply(program, Merge())
     assert any(f"adapter_{activation}" in line for line in error.value.evidence)
-    assert "Keep this pass" in error.value.fix
+    assert "--keep adapter" in error.value.fix
 
 
 def test_a_merge_refuses_a_lora_beside_an_adapter_as_a_whole() -> None:
