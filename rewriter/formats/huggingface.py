@@ -92,7 +92,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The transformers model of a directory in evaluation mode, with `tensors` in place of its own weights if given."""
     settings = read_json(directory / CONFIG)
-    kind = _architecture(directory, settings, architecture)
+    kind = architecture_of(directory, settings, architecture)
     held = dict(_weights(directory) if tensors is None else tensors)
     with quiet():
         try:
@@ -207,7 +207,7 @@ def save(
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def _architecture(directory: Path, settings: dict[str, Any], chosen: str | None) -> type[PreTrainedModel]:
+def architecture_of(directory: Path, settings: dict[str, Any], chosen: str | None) -> type[PreTrainedModel]:
     """The class of transformers that a configuration names; nothing else is ever called."""
     path = directory / CONFIG
     named = [chosen] if chosen else settings.get("architectures")
