@@ -129,11 +129,12 @@ class _Run:
         live: set[str] = set()
         for record in alive:
             block = self.block.get(record.node)
-            live.update([block] if block else [])  # a block that saves nothing but weights is computed again too
+            if block is not None:
+                live.add(block)  # also a block that saves nothing but weights is computed again
             if record.storage in self.weights:
                 continue
             first.setdefault(record.storage, record.node)
-            (inside[block] if block else outside).add(record.storage)
+            (outside if block is None else inside[block]).add(record.storage)
         entering = {s for block in live for s in self.reads.get(block, ())} - self.weights
         kept = entering | outside
         by_operation: dict[str, int] = {}
@@ -178,8 +179,8 @@ class _Run:
             bare.requires_grad_(any(name in self.trainable and name in parameters for name in names))
             self.weights.add(self._storage(bare))
             made.update(dict.fromkeys(names, bare))
-        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-        return {node: made[name] for node in placeholders if (name := self.program.parameter_name(node)) is not None}
+        names_of = {node: self.program.parameter_name(node) for node in self.program.graph.nodes}
+        return {node: made[name] for node, name in names_of.items() if name is not None}
 
     def _graph(self, graph: Graph, owner: GraphModule, values: dict[Node, Any], outer: Node | None) -> Any:
         """Run a graph, letting go of every value after its last use; the body of a wrapper counts as its caller."""
@@ -270,10 +271,6 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, added, result, sums)
         return result
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("nothing is ever differentiated here")
-
 
 class _Dropout(torch.autograd.Function):
     """Dropout that keeps one byte for every element."""
@@ -282,10 +279,6 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
         return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("nothing is ever differentiated here")
 
 
 def identity(tensor: Tensor) -> Any:

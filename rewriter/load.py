@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rewriter.errors import RewriteError, UsageError, closest
 from rewriter.formats import huggingface, pickle, pt2, safetensors
 from rewriter.formats.huggingface import Inputs, split_inputs
+from rewriter.formats.huggingface_shapes import load_shapes
 from rewriter.formats.sniff import ADVICE, Kind, require
 from rewriter.program import Program
 from rewriter.trace import trace
@@ -44,6 +45,7 @@ def load(
     verify: bool = True,
     inputs: Inputs | None = None,
     dtype: torch.dtype | None = None,
+    weights: bool = True,
 ) -> Program:
     """Load a program, or trace a model, whatever it is stored as.
 
@@ -51,7 +53,8 @@ def load(
     module, `(module, args)` or `(module, args, kwargs)`), a state dict (safetensors or torch) together with `model`
     (a factory or Hugging Face directory whose module takes it strictly), or a pickled module with `trust_pickle`.
     `inputs` are the example inputs of the trace, positional as a tuple or by name; `architecture` names the class of a
-    Hugging Face directory whose configuration does not; `verify=False` skips checksums.
+    Hugging Face directory whose configuration does not; `verify=False` skips checksums. With
+    `weights=False` a Hugging Face directory, which then needs config.json alone, gives tensors that are shapes only.
 
     Raises `UnsafeError` for what could execute code, `UsageError` for options that do not go together, `RewriteError`
     for everything else that cannot be used, with the name of what it is.
@@ -72,6 +75,9 @@ def load(
         return pt2.load(path, verify=verify, trust_pickle=trust_pickle)
     if kind is Kind.HUGGINGFACE:
         _refuse(str(path), kind, model=model)
+        if not weights:
+            _refuse(f"{path} without weights", kind, inputs=inputs)
+            return load_shapes(path, architecture=architecture, dtype=dtype)
         return huggingface.load(path, architecture=architecture, dtype=dtype, inputs=inputs)
     if pickled and model is None:
         module = pickle.load_pickled_module(path, trust_pickle=trust_pickle, verify=verify)

@@ -14,11 +14,12 @@ from rewriter.program import Program
 
 
 def load_shapes(
-    path: Path, *, architecture: str | None = None, dtype: torch.dtype = torch.float32, name: str | None = None
+    path: Path, *, architecture: str | None = None, dtype: torch.dtype | None = None, name: str | None = None
 ) -> Program:
     """The program of a directory with a config.json, or of a configuration file, with tensors that are shapes only.
 
-    No weight is read, and none has to be there. `name` is what the program calls its origin.
+    No weight is read, and none has to be there. `name` is what the program calls its origin. Without `dtype` the
+    weights are fp32.
 
     Raises `UnsafeError` for a configuration that asks for code, `RewriteError` when its model cannot be built.
     """
@@ -26,7 +27,7 @@ def load_shapes(
     kind = architecture_of(file.parent, read_json(file), architecture)
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(dtype or torch.float32)
         with quiet(), torch.device("meta"):
             model = kind(config_class(kind).from_pretrained(file, local_files_only=True)).eval()
     except Exception as error:
