@@ -14,6 +14,7 @@ from passes.lokr import Lokr as Lokr
 from passes.lora import Lora as Lora
 from passes.loralib import LoralibAdapter as LoralibAdapter
 from passes.merge import Merge as Merge
+from passes.nf4 import Nf4 as Nf4
 from passes.peft import PeftAdapter as PeftAdapter
 from passes.prefix import Prefix as Prefix
 from passes.prompt import Prompt as Prompt
@@ -37,6 +38,7 @@ __all__ = [
     "Lora",
     "LoralibAdapter",
     "Merge",
+    "Nf4",
     "PeftAdapter",
     "Prefix",
     "Prompt",

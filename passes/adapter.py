@@ -16,8 +16,9 @@ from rewriter.edit import Edit
 from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Miss, Sites, Targets, select
 from rewriter.program import Program
+from rewriter.quantised import weight_like
 from rewriter.transform import EXACT, FREE, Law
-from rewriter.view import Conv, Experts, Linear, scope
+from rewriter.view import Conv, Experts, Linear, Linear4bit, scope
 
 aten = torch.ops.aten
 END = 2**63 - 1  # of a slice without one
@@ -103,7 +104,7 @@ class Adapter:
         usable = select(
             program,
             tuple(wanted),
-            kinds=(Linear, Experts),
+            kinds=(Linear, Linear4bit, Experts),
             exclude=self.exclude,
             layers_to_transform=self.layers,
         )
@@ -124,7 +125,11 @@ class Adapter:
 
     def _layers(self, program: Program) -> Sites[Any]:
         sites = select(
-            program, self.targets, kinds=(Linear, Conv), exclude=self.exclude, layers_to_transform=self.layers
+            program,
+            self.targets,
+            kinds=(Linear, Linear4bit, Conv),
+            exclude=self.exclude,
+            layers_to_transform=self.layers,
         )
         for site in sites:
             if isinstance(site, Linear) and site.part is not None:
@@ -157,7 +162,7 @@ class Adapter:
 
     def rewrite(self, site: Any, edit: Edit) -> None:
         name = f"{scope(edit.program, site.path)}.adapter.{self.adapter}"
-        weight = edit.program.tensor(site.weight)
+        weight = weight_like(edit.program, site)
         if isinstance(site, Sublayer):
             inputs = outputs = site.width
             value, dims = site.places[0].output, 0

@@ -17,8 +17,9 @@ from rewriter.errors import UsageError
 from rewriter.find import Miss, Sites, Targets, select
 from rewriter.norms import norms
 from rewriter.program import Program
+from rewriter.quantised import weight_like
 from rewriter.transform import EXACT, FREE, Law
-from rewriter.view import Conv, Experts, Linear, Part, layers, scope, top
+from rewriter.view import Conv, Experts, Linear, Linear4bit, Part, layers, scope, top
 
 aten = torch.ops.aten
 MLP_OUTPUT = "@mlp.output"
@@ -108,7 +109,7 @@ class Ia3:
         return found, missed
 
     def _selected(self, program: Program, targets: Targets) -> tuple[list[Linear | Conv], tuple[Miss, ...]]:
-        sites = select(program, targets, kinds=(Linear, Conv), exclude=self.exclude)
+        sites = select(program, targets, kinds=(Linear, Linear4bit, Conv), exclude=self.exclude)
         return [site for site in sites.found if isinstance(site, Linear | Conv)], sites.missed
 
     # -- what ---------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Ia3:
         return ".".join([scope(program, site.path), "ia3_l", self.adapter, *([part.name] if part else [])])
 
     def _initial(self, site: Scaled, program: Program) -> torch.Tensor:
-        layer, weight = site.layer, program.tensor(site.layer.weight)
+        layer, weight = site.layer, weight_like(program, site.layer)
         part = _part(layer)
         size = layer.in_features if site.feedforward else part.stop - part.start if part else layer.out_features
         shape = [1, size] if site.feedforward else [size, 1]

@@ -20,8 +20,9 @@ from rewriter.edit import Edit
 from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Sites, Targets, full_match, fused_parts, select
 from rewriter.program import Program
+from rewriter.quantised import weight_like
 from rewriter.transform import EXACT, FREE, ROUNDING, Law
-from rewriter.view import Conv, Embedding, Experts, Linear, Site, scope, top
+from rewriter.view import Conv, Embedding, Experts, Linear, Linear4bit, Site, scope, top
 
 aten = torch.ops.aten
 
@@ -86,7 +87,7 @@ class Lora:
         sites = select(
             program,
             self.targets,
-            kinds=(Linear, Conv, Embedding, Experts),
+            kinds=(Linear, Linear4bit, Conv, Embedding, Experts),
             exclude=self.exclude,
             layers_to_transform=self.layers,
             layers_pattern=self.layers_pattern,
@@ -168,7 +169,7 @@ class _Branch:
         self.scope = scope(edit.program, site.path)
         self.weight = edit.program.placeholder(site.weight)
         _refuse_combination(lora, site)
-        start = initial(lora, site, edit.program.tensor(site.weight), lora.rank_of(site), self.scale)
+        start = initial(lora, site, weight_like(edit.program, site), lora.rank_of(site), self.scale)
         if start.weight is not None:
             _refuse_tied(site, lora.init)
             edit.set_value(site.weight, start.weight)
@@ -305,6 +306,12 @@ def _is_saved(path: str, names: Sequence[str]) -> bool:
 def _refuse_combination(lora: Lora, site: Site) -> None:
     if lora.lora_bias and isinstance(site, Embedding):
         raise UsageError(f"lora_bias on the embedding {site.path}", fix="An embedding has no bias.")
+    if isinstance(site, Linear4bit) and (lora.dora or lora.init in REPLACES_WEIGHT):
+        what = "DoRA reads" if lora.dora else f"init={lora.init} changes"
+        raise UsageError(
+            f"{what} the weight of {site.path}, which is held in 4 bits",
+            fix="Apply it before nf4, or use plain LoRA" + ("." if lora.dora else ", or the pass loftq before nf4."),
+        )
     if lora.dora and isinstance(site, Linear) and site.part is not None:
         raise UsageError(f"{site.path}: DoRA on a slice of a fused projection", fix="Use LoRA, or the whole layer.")
     if lora.dora and isinstance(site, Conv) and site.groups > 1:

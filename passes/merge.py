@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.fx import Node
 
+from passes.merge_4bit import POLICIES, Policy, fold_4bit, is_4bit
 from passes.stand_in import StandIn, settle, stand_ins
 from rewriter.constants import Constants
 from rewriter.edit import Edit
@@ -18,12 +19,12 @@ from rewriter.fold import folds, leftover, refuse
 from rewriter.grouped import grouped
 from rewriter.program import Program
 from rewriter.region import BIAS_INPUT, Fold, bias_beside, entry, weight_operand
-from rewriter.transform import ROUNDING, Law
-from rewriter.view import CONVOLUTIONS, swaps, weight_of
+from rewriter.transform import FREE, ROUNDING, Law
+from rewriter.view import BITS4, CONVOLUTIONS, swaps, weight_of
 
 aten = torch.ops.aten
 PRECISION = {"fp32": torch.float32, "fp64": torch.float64}
-STORED_AS_GIVEN = {aten.linear.default}  # [o, i]; the others take their weight as [i, o]
+STORED_AS_GIVEN = {aten.linear.default, *BITS4}  # [o, i]; the others take their weight as [i, o]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Merge:
     too (tied embeddings) is refused, or with `untie` gets a tensor of its own. The passes named in `keep` stay in the
     graph as they are: what cannot fold, such as an adapter's bottleneck or a prefix, beside a LoRA that can.
 
+    `nf4` says what happens to updates beside weights held in 4 bits: `dequantise` gives the layer a plain weight again,
+    `keep` leaves the update beside the 4-bit weight, `requantise` holds the sum in 4 bits again, which rounds at the
+    size of the format's steps and is refused where it would lose more than half of an update, unless `lossy`.
+
     Raises `RewriteError` when there is nothing to merge, or when a pass's parameter is not affine, naming the
     operation; `LawError` when a folded weight is not finite.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
@@ -49,13 +54,19 @@ class Merge:
     untie: bool = False
     allow_nonfinite: bool = False
     keep: tuple[str, ...] = ()
+    nf4: Policy = "dequantise"
+    lossy: bool = False
 
     def __post_init__(self) -> None:
+        if self.nf4 not in POLICIES:
+            raise UsageError(f"nf4 is {self.nf4!r}", fix=f"One of {', '.join(POLICIES)}.")
         if self.precision not in PRECISION:
             raise UsageError(f"precision is {self.precision!r}", fix="One of fp32, fp64.")
 
     @property
     def law(self) -> Law:
+        if self.nf4 == "requantise":
+            return FREE.because("folded 4-bit weights are rounded to the levels of their format again")
         return ROUNDING.because("products are summed in another order and rounded once")
 
     # -- where --------------------------------------------------------------------------------------------------
@@ -67,6 +78,8 @@ class Merge:
         constants = Constants(program, precision)
         kept = self._kept(program)
         found, broken = folds(program, constants)
+        if self.nf4 == "keep":
+            kept |= frozenset().union(*(fold.reads for fold in found if is_4bit(fold)))
         found = [fold for fold in found if kept.isdisjoint(fold.reads)]
         missed = [Miss(path, f"%{error.node.name}: {error.reason}") for path, error in broken]
         stands = stand_ins(program, constants)
@@ -121,6 +134,16 @@ class Merge:
         # the value before this layer may be the end of another region, which is folded by now
         site = replace(site, root=edit.current(site.root), source=edit.current(site.source))
         weight, offset, kept_offset = site.values()
+        if is_4bit(site):
+            self._check_finite(site.weight, site, weight, site.base.meta["val"])
+            notes = fold_4bit(edit, site, weight, requantise=self.nf4 == "requantise", lossy=self.lossy)
+            edit.note(site.path, **notes)
+        else:
+            self._fold(site, weight, edit)
+        self._close(site, offset, kept_offset, edit)
+
+    def _fold(self, site: Fold, weight: torch.Tensor, edit: Edit) -> None:
+        """Put the folded weight in the place of the base operation's own."""
         others = _other_readers(edit.program, site) if self.untie else []
         base = edit.originals.get(site.weight, edit.program.tensor(site.weight))
         stored = _as_stored(edit.program, site, weight, base)
@@ -129,6 +152,9 @@ class Merge:
         value = stored.to(base.dtype).contiguous()
         operand = _own_weight(edit, site, value) if others else _set_weight(edit, site, value)
         _apply_weight(edit, site, operand)
+
+    def _close(self, site: Fold, offset: torch.Tensor | None, kept_offset: torch.Tensor | None, edit: Edit) -> None:
+        """Give the base operation the region's constant part and input, and let it stand for the region's end."""
         self._set_bias(edit, site, offset, kept_offset)
         where = entry(site.base, site.root)
         if where is not None and where[1] is not site.source:
@@ -162,11 +188,9 @@ class Merge:
                     )
                 _set_once(edit, name, value)
         elif bool(change.any()):
-            if index != 2:
+            if index is None or site.base.target is aten.addmm.default:
                 raise RewriteError(f"{site.path} has no bias to take the update's constant part")
-            made = edit.parameter(
-                f"{site.path}.bias", change.to(edit.program.tensor(site.weight).dtype), trainable=False
-            )
+            made = edit.parameter(f"{site.path}.bias", change.to(site.base.meta["val"].dtype), trainable=False)
             _set_bias_operand(edit, site, index, made)
 
     def _check_finite(self, name: str, site: Fold, value: torch.Tensor, base: torch.Tensor) -> None:

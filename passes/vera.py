@@ -24,8 +24,9 @@ from rewriter.edit import Edit
 from rewriter.errors import UsageError
 from rewriter.find import Sites, Targets
 from rewriter.program import Program
+from rewriter.quantised import weight_like
 from rewriter.transform import EXACT, Law
-from rewriter.view import Linear
+from rewriter.view import Linear, Linear4bit
 
 aten = torch.ops.aten
 
@@ -80,8 +81,8 @@ class Vera:
         check_adapter(self.adapter)
 
     def find(self, program: Program) -> Sites[Share]:
-        sites = choose(program, self, kinds=(Linear,))
-        types = {program.tensor(site.weight).dtype for site in sites}
+        sites = choose(program, self, kinds=(Linear, Linear4bit))
+        types = {weight_like(program, site).dtype for site in sites}
         if len(types) > 1:
             raise UsageError(
                 "the targets have weights of several types, and share one pair of matrices",

@@ -17,7 +17,8 @@ from rewriter.edit import Edit
 from rewriter.errors import RewriteWarning, UsageError
 from rewriter.find import Sites, Targets, full_match, select
 from rewriter.program import Program
-from rewriter.view import Conv, Layer, Linear, scope, top
+from rewriter.quantised import weight_like
+from rewriter.view import Conv, Layer, Linear, Linear4bit, scope, top
 
 aten = torch.ops.aten
 Place = Linear | Conv
@@ -41,7 +42,7 @@ def choose(
     program: Program,
     options: Options,
     *patterns: Mapping[str, Any],
-    kinds: tuple[type[Layer], ...] = (Linear, Conv),
+    kinds: tuple[type[Layer], ...] = (Linear, Linear4bit, Conv),
 ) -> Sites[Any]:
     """The layers that the options mean.
 
@@ -149,7 +150,7 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        return self.edit.program.tensor(self.site.weight)
+        return weight_like(self.edit.program, self.site)
 
     def name(self, kind: str) -> str:
         """The full name of a parameter: PEFT's, and after it the slice that the site means."""

@@ -16,7 +16,9 @@ from torch.fx import Node
 
 from rewriter.form import Algebra, Form, NotAffine, Term, short, static_size, tensor_operand
 from rewriter.grouped import OFFSETS, grouped
-from rewriter.view import CONVOLUTIONS
+from rewriter.quantised import assemble
+from rewriter.view import BITS4, CONVOLUTIONS
+from runtime.nf4 import dequantize
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -99,6 +101,19 @@ def _linear(analysis: Analysis, node: Node) -> Form:
     form = analysis.contract(analysis.of(node), node, weight, node.args[1])
     bias = node.args[2] if len(node.args) > 2 else None
     return analysis.shift(form, analysis.constant(node, bias), analysis.constants.reads(bias), node)
+
+
+def _linear_4bit(analysis: Analysis, node: Node) -> Form:
+    """A linear layer whose weight, held in 4 bits, is a constant like any other."""
+    place = BITS4[node.target]  # type: ignore[index]
+    tensors = [analysis.constant(node, operand) for operand in node.args[1:place]]
+    out_features, block_size, kind = node.args[place + 1 :]
+    inputs = static_size(tensor_operand(node, 0).meta["val"].shape[-1])
+    weight = dequantize(assemble(tensors, (out_features, inputs), analysis.constants.precision, kind, block_size))  # type: ignore[arg-type]
+    form = analysis.contract(analysis.of(node), node, weight, node.args[1])
+    return analysis.shift(
+        form, analysis.constant(node, node.args[place]), analysis.constants.reads(node.args[place]), node
+    )
 
 
 def _addmm(analysis: Analysis, node: Node) -> Form:
@@ -410,6 +425,7 @@ RULES: dict[Any, Callable[[Analysis, Node], Form]] = {
     ),
     **dict.fromkeys((aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default), _dropout),
     aten.linear.default: _linear,
+    **dict.fromkeys(BITS4, _linear_4bit),
     aten.addmm.default: _addmm,
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default), _matmul),
     aten.einsum.default: _einsum,

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from rewriter.errors import RewriteError, UsageError
 from rewriter.outputs import add_output, remove_output
-from rewriter.program import Origin, Program, module_path
+from rewriter.program import LABEL, Origin, Program, module_path
 from rewriter.retype import evaluate, fake_mode, retype
 
 
@@ -32,6 +32,7 @@ class Edit:
         self.originals: dict[str, torch.Tensor] = {}
         self.notes: dict[str, dict[str, float]] = {}
         self.removes = False  # True once an operation that was there before is rewired or removed
+        self.discards = False  # True when the step does not keep what undoing it would need
         self._inserted: set[Node] = set()
         self._moved: dict[Node, Node] = {}
 
@@ -45,7 +46,15 @@ class Edit:
         """Add a tensor that never trains."""
         return self._tensor(name, value.detach(), InputKind.BUFFER)
 
-    def _tensor(self, name: str, value: torch.Tensor, kind: InputKind) -> Node:
+    def hold(self, name: str, value: torch.Tensor) -> Node:
+        """Add a tensor that takes the place of one of the model's own: it counts as the model's, not as added.
+
+        A buffer, or a parameter when it is an `nn.Parameter`.
+        """
+        kind = InputKind.PARAMETER if isinstance(value, torch.nn.Parameter) else InputKind.BUFFER
+        return self._tensor(name, value, kind, owned=False)
+
+    def _tensor(self, name: str, value: torch.Tensor, kind: InputKind, *, owned: bool = True) -> Node:
         exported = self.program.exported
         if name in exported.state_dict or name in exported.constants:
             raise UsageError(
@@ -64,12 +73,13 @@ class Edit:
             node: Node = self.program.graph.placeholder(prefix + _identifier(name))
         with torch.no_grad():
             node.meta["val"] = fake_mode(self.program).from_tensor(value, static_shapes=True)
-        Origin(self.number, self.name, name).write(node)
+        if owned:
+            Origin(self.number, self.name, name).write(node)
+            self.added.append(name)
         persistent = True if kind is InputKind.BUFFER else None
         signature.input_specs.insert(position, InputSpec(kind, TensorArgument(node.name), name, persistent))
         exported.state_dict[name] = value
         self.program.__dict__.pop("specs", None)
-        self.added.append(name)
         if kind is InputKind.PARAMETER and value.requires_grad:
             self.trainable.append(name)
         return node
@@ -145,6 +155,19 @@ class Edit:
         operands = [*node.args, *[None] * (index + 1 - len(node.args))]
         operands[index] = value
         node.args = tuple(operands)
+
+    def turn(self, node: Node, operation: Any, *args: Any) -> None:
+        """Give an operation another way to compute its value, in place: its name, path and users stay, in the text too.
+
+        What only it read before is removed.
+        """
+        self.removes = True
+        before = node.all_input_nodes
+        label = node.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]
+        node.meta["custom"] = {LABEL: label, **node.meta.get("custom", {})}
+        node.target, node.args, node.kwargs = operation, args, {}
+        node.meta["val"] = evaluate(fake_mode(self.program), operation, *_values(args))
+        self.erase(source for source in before if not source.users)
 
     def redirect(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new`, an operation that was there before."""

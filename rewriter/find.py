@@ -13,7 +13,7 @@ from torch.fx import Node
 from rewriter.attention import Attention, attentions, is_output_head, mlp_layers
 from rewriter.errors import UsageError, closest
 from rewriter.program import Origin, Program
-from rewriter.view import Layer, Linear, Site, layers, modules
+from rewriter.view import Layer, Linear, Linear4bit, Site, layers, modules
 
 V = TypeVar("V")
 Targets = str | Sequence[str]
@@ -75,11 +75,11 @@ def select(
     missed: list[Miss] = []
     for target, match in matchers.items():
         hits = match()
-        usable = [site for site in hits if isinstance(site, kinds)]
+        usable = [site for site in hits if _is_of(site, kinds)]
         if not usable:
             raise _unmatched(program, target, hits, kinds, found)
         for site in hits:
-            if not isinstance(site, kinds):
+            if not _is_of(site, kinds):
                 missed.append(Miss(site.path, f"{site.kind} is not supported by this pass"))
             elif site.path in excluded:
                 missed.append(Miss(site.path, "excluded"))
@@ -103,6 +103,11 @@ def select(
         )
     order = {path: index for index, path in enumerate(found)}
     return Sites(tuple(sorted(chosen.values(), key=lambda s: order.get(s.path, 0))), tuple(missed))
+
+
+def _is_of(site: Site, kinds: tuple[type[Layer], ...]) -> bool:
+    """Whether a layer is of a kind; one held in 4 bits is a linear layer only to a pass that says so."""
+    return isinstance(site, kinds) and (not isinstance(site, Linear4bit) or Linear4bit in kinds)
 
 
 def _origins(call: Node) -> list[Origin]:

@@ -23,6 +23,7 @@ from rewriter.errors import RewriteError, UsageError, closest
 
 PARAMETER_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 ORIGIN = "rewriter"  # the key in node.meta["custom"] under which provenance lives; it survives torch.export.save
+LABEL = "rewriter label"  # beside it, what the text calls a value whose operation was exchanged for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Step:
 
     `originals` are the tensors that were there before, for every name whose tensor the step replaced or made
     trainable. `before` is the whole program before a step that removed operations (a merge); a step that only added
-    operations needs none, because the provenance on its nodes says how to remove them again.
+    operations needs none, because the provenance on its nodes says how to remove them again. A `final` step did not
+    keep what it took away, such as the weights behind 4-bit ones, and cannot be undone.
     """
 
     number: int
@@ -41,6 +43,7 @@ class Step:
     trainable: tuple[str, ...] = ()
     originals: Mapping[str, torch.Tensor] = field(default_factory=dict)
     before: Program | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from rewriter.constants import Constants
 from rewriter.form import matrix, static_size
 from rewriter.grouped import grouped
 from rewriter.program import Program, module_path
-from rewriter.view import CONVOLUTIONS, weight_of
+from rewriter.view import BITS4, CONVOLUTIONS, weight_of
 
 aten = torch.ops.aten
 WEIGHT_INPUT = {aten.addmm.default: 2, aten.embedding.default: 0}
 DATA_INPUT = {aten.addmm.default: 1, aten.embedding.default: 1}
-BIAS_INPUT = {aten.linear.default: 2, aten.addmm.default: 0, **dict.fromkeys(CONVOLUTIONS, 2)}
+BIAS_INPUT = {aten.linear.default: 2, aten.addmm.default: 0, **dict.fromkeys(CONVOLUTIONS, 2), **BITS4}
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,

@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.functions import Max, Min
 
-from rewriter.program import Origin, Program, module_path
+from rewriter.program import LABEL, Origin, Program, module_path
 
 KEYWORD = {InputKind.PARAMETER: "param", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "const"}
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch writes as the path of nodes it made itself
@@ -157,7 +157,7 @@ class _Writer:
         for node in sorted(operations, key=lambda node: origins[node] is not None):
             origin = origins[node]
             path = printable(_path(node))
-            label = printable(origin.label) if origin else _operation(node).rpartition(".")[2]
+            label = printable(origin.label if origin else _label(node))
             name = stem = f"%{path}/{label}" if path else f"%{label}"
             while name in taken:
                 counts[stem] = counts.get(stem, 0) + 1
@@ -240,6 +240,11 @@ def _path(node: Node) -> str:
 def _is_tensor_attribute(node: Node) -> bool:
     owner = node.graph.owning_module
     return node.op == "get_attr" and not isinstance(getattr(owner, str(node.target), None), torch.nn.Module)
+
+
+def _label(node: Node) -> str:
+    """The name of the operation that made a value, or that made it before a pass exchanged it for another."""
+    return str(node.meta.get("custom", {}).get(LABEL) or _operation(node).rpartition(".")[2])
 
 
 def _operation(node: Node) -> str:

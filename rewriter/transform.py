@@ -170,9 +170,11 @@ def _apply_one(program: Program, pass_: Pass, check: bool) -> tuple[Program, App
         tuple(edit.added),
         tuple(edit.trainable),
         edit.originals,
-        program if edit.removes else None,
+        program if edit.removes and not edit.discards else None,
+        edit.discards,
     )
-    after = Program(clone.exported, (*program.steps, step), clone.metadata)
+    steps = tuple(map(_sealed, program.steps)) if edit.discards else program.steps
+    after = Program(clone.exported, (*steps, step), clone.metadata)
     verify.structure(after)
     change = verify.law(program, after, pass_.law, pass_.name) if check else None
     counts = [sum(t.numel() for t in p.parameters().values()) for p in (program, after)]
@@ -189,6 +191,12 @@ def _apply_one(program: Program, pass_: Pass, check: bool) -> tuple[Program, App
         edit.notes,
     )
     return after, record
+
+
+def _sealed(step: Step) -> Step:
+    """A step before one that cannot be undone: what it would restore is gone with the weights it belonged to."""
+    kept_values = step.before is not None or step.originals
+    return dataclasses.replace(step, before=None, originals={}, final=True) if kept_values else step
 
 
 def find(program: Program, pass_: Pass) -> Sites[Any]:

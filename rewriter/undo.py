@@ -18,9 +18,14 @@ def undo(program: Program, step: int | str | None = None) -> Program:
     A step that removed operations kept the program before it and can only be undone as the last one; that program
     comes back as it was. Any other step can be undone when no later step builds on it.
 
-    Raises `UsageError` for an unknown step and for one that later steps build on.
+    Raises `UsageError` for an unknown step, for one that later steps build on, and for one that kept nothing.
     """
     chosen = _choose(program, step)
+    if chosen.final:
+        raise UsageError(
+            f"{_describe(chosen)} cannot be undone: the weights it replaced were not kept",
+            fix="Start again from the model, or keep them when applying, as `--pass nf4 --keep-original` does.",
+        )
     _refuse_buried(program, chosen)
     if chosen.before is not None:
         return chosen.before
@@ -115,8 +120,19 @@ def _resolved(program: Program, gone: list[Node]) -> dict[Node, Node]:
                 fix="Load the program from before this step.",
             )
         if base not in removed:
-            found[node] = base
+            found[node] = _risen(program, base, node, removed)
     return found
+
+
+def _risen(program: Program, base: Node, end: Node, removed: set[Node]) -> Node:
+    """The base, or the last value before `end` that a later step put in the base's place: `end` is made of that."""
+    names, last = {base.name}, base
+    for node in program.graph.nodes:
+        origin = Origin.of(node)
+        if node < end and node not in removed and origin is not None and origin.stands_for in names:
+            names.add(node.name)
+            last = node
+    return last
 
 
 def _refuse_users(program: Program, chosen: Step, gone: list[Node], stands_for: dict[Node, Node]) -> None:

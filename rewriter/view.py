@@ -5,6 +5,7 @@ A site is a parameter, not a call: a module called twice is one `Linear` with tw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from torch.fx import Node
 
 from rewriter.grouped import grouped
 from rewriter.program import Origin, Program, module_path
+from runtime import nf4_linear as _operators  # noqa: F401 - registers the operators of 4-bit layers
 
 aten = torch.ops.aten
 CONVOLUTIONS = {op for packet in (aten.conv1d, aten.conv2d, aten.conv3d) for op in (packet.default, packet.padding)}
@@ -24,6 +26,9 @@ NO_CHANGE = {  # operations that pass their first input on as it is
     aten.detach.default,
     aten.lift_fresh_copy.default,
 }
+
+
+ACTIVATIONS = {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,24 @@ class Linear(Layer):
         assert isinstance(node, Node)
         return node
 
+    def added(self, call: Node) -> Node | None:
+        """What the operation itself adds to the product: a bias, or None."""
+        index = 0 if call.target is aten.addmm.default else BITS4.get(call.target, 2)  # type: ignore[call-overload]
+        node = call.args[index] if index < len(call.args) else None
+        return node if isinstance(node, Node) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Linear4bit(Linear):
+    """`y = x dequantise(W)ᵀ + b`: a linear layer whose weight [o, i] is held in 4 bits by the tensors `tensors`.
+
+    `weight` names the packed codes, the first of them; the others are scales.
+    """
+
+    tensors: tuple[str, ...] = ()
+    quantisation: str = "nf4"
+    block_size: int = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Conv(Layer):
@@ -104,15 +127,57 @@ class Experts(Layer):
 
 Site = Linear | Conv | Embedding | Experts
 S = TypeVar("S", bound=Layer)
+BITS4 = {  # operation of a 4-bit layer -> position of its bias, after the tensors of its weight
+    torch.ops.rewriter.nf4_linear.default: 3,
+    torch.ops.rewriter.nf4_linear_double.default: 5,
+}
 
 
 def top(node: Node) -> Node:
-    """The value that stands for `node` by now: the node itself, or the sum the last pass put in its place."""
+    """The value that stands for `node` by now: the node itself, or the sum the last pass put in its place.
+
+    A network that reads the layer's result, such as the bottleneck of a series adapter, is no update of the layer:
+    it stays above all updates, also later ones.
+    """
+    *_, last = updates(node)
+    return last
+
+
+def updates(node: Node) -> Iterator[Node]:
+    """The node and the values that stand for it, the lowest first, up to a network that reads more than it does."""
+    start, names = node, {node.name}
     while True:
-        above = [user for user in node.users if (origin := Origin.of(user)) and origin.stands_for == node.name]
-        if not above:
-            return node
+        yield node
+        above = [user for user in node.users if (origin := Origin.of(user)) and origin.stands_for in names]
+        if not above or not _network_inputs(above[0]) <= set(start.all_input_nodes):
+            return
         node = above[0]
+        names.add(node.name)  # an update that came later and joined lower stands for the same value
+
+
+def _network_inputs(end: Node) -> set[Node]:
+    """The values of the model that reach `end` through activations that the same step added."""
+    return {source for node in _behind(end) if node.target in ACTIVATIONS for source in _sources(node)}
+
+
+def _behind(end: Node) -> set[Node]:
+    """`end` and the operations of its step that it is made of."""
+    origin = Origin.of(end)
+    todo, inside = [end], {end}
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            made = Origin.of(source)
+            if made and origin and made.step == origin.step and source not in inside:
+                inside.add(source)
+                todo.append(source)
+    return inside
+
+
+def _sources(end: Node) -> set[Node]:
+    """The tensors of the model that the operations of a step behind `end` read."""
+    inside = _behind(end)
+    read = {source for node in inside for source in node.all_input_nodes} - inside
+    return {node for node in read if node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
 
 
 def weight_of(program: Program, node: object) -> tuple[str, bool] | None:
@@ -177,6 +242,9 @@ def _describe(program: Program, node: Node) -> tuple[type[Layer], str, str | Non
     if target is aten.addmm.default:
         found, bias = _applied(program, args[2]), weight_of(program, args[0])
         return found and (Linear, found[0], bias and bias[0], not found[1])
+    if target in BITS4:
+        found, bias = weight_of(program, args[1]), weight_of(program, args[BITS4[target]])
+        return found and (Linear4bit, found[0], bias and bias[0], False)
     if target in (aten.mm.default, aten.matmul.default):
         found = _applied(program, args[1])
         if found and node.args[1].meta["val"].ndim == 2 and weight_of(program, args[0]) is None:  # type: ignore[union-attr]
@@ -249,6 +317,12 @@ def _make(
 ) -> Site:
     shape = program.tensor(weight).shape
     common = {"path": path, "weight": weight, "bias": bias, "calls": (node,), "tied": tied}
+    if kind is Linear4bit:
+        names = [found[0] for held in node.args[1 : BITS4[node.target]] if (found := weight_of(program, held))]  # type: ignore[index]
+        o, block_size, quantisation = node.args[-3:]
+        i = int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+        own = {"tensors": tuple(names), "quantisation": quantisation, "block_size": block_size}
+        return Linear4bit(**common, **own, in_features=i, out_features=o)  # type: ignore[arg-type]
     if kind is Linear:
         o, i = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         return Linear(**common, in_features=i, out_features=o, transposed=transposed)  # type: ignore[arg-type]
@@ -264,12 +338,16 @@ def _make(
 
 def _owner(weight: str, names: tuple[str, ...], called: str) -> str:
     """The path of a layer: the owner of the name (of several tied ones) under which the calling module knows it."""
-    owners = [name.removesuffix(".weight") for name in names]
-    return called if called in owners else weight.removesuffix(".weight")
+    owners = [_stem(name) for name in names]
+    return called if called in owners else _stem(weight)
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix("_packed").removesuffix(".weight")
 
 
 def _alias(path: str, weight: str, names: tuple[str, ...]) -> str:
-    return next((name for name in names if name.removesuffix(".weight") == path), weight)
+    return next((name for name in names if _stem(name) == path), weight)
 
 
 def scope(program: Program, path: str) -> str:

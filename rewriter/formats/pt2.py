@@ -107,6 +107,7 @@ class _Writer:
             "trainable": list(step.trainable),
             "originals": originals,
             "before": None if step.before is None else self._before(step.before, scope),
+            **({"final": True} if step.final else {}),
         }
 
     def _before(self, before: Program, scope: str) -> dict[str, Any]:
@@ -155,6 +156,7 @@ class _Reader:
             tuple(record["trainable"]),
             {name: self.stored[held] for name, held in record["originals"].items()},
             None if record["before"] is None else self._before(record["before"]),
+            bool(record.get("final", False)),
         )
 
     def _before(self, record: Mapping[str, Any]) -> Program:
