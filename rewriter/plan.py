@@ -127,6 +127,7 @@ class Plan:
 
     batch: int
     length: int | None
+    types: tuple[str, ...]  # of the weights
     options: Options
     costs: tuple[Cost, ...]
     assumptions: tuple[str, ...]
@@ -141,6 +142,7 @@ class Plan:
         return {
             "batch": self.batch,
             "length": self.length,
+            "types": list(self.types),
             "optimizer": self.options.optimizer,
             "states": self.options.states,
             "master_weights": self.options.master,
@@ -187,19 +189,19 @@ def plan(cases: Sequence[Case], options: Options | None = None) -> Plan:
         if key not in seen:
             seen[key] = activations(case.program, sizes.symbols, trainable=case.trainable())
         costs.append(_cost(case, options, seen[key], _logits(case.program, sizes.symbols)))
-    held = max((cost.activations.blocks for cost in costs), default=0)
+    types = _types(cases[0].program)
     facts = assumptions(
         options,
-        types=_types(cases[0].program),
+        types=types,
         batch=sizes.batch,
         length=sizes.length,
-        blocks=held,
+        blocks=max(cost.activations.blocks for cost in costs),
         has_loss=any(cost.loss for cost in costs),
         steps=[step for case in cases for step in case.program.steps],
-        largest_quantised=max((_largest(case) for case in cases), default=0),
+        largest_quantised=max(_largest(case) for case in cases),
         quantised=next((cost.to_json()["quantised"]["bits_per_weight"] for cost in costs if cost.quantised), None),
     )
-    return Plan(sizes.batch, sizes.length, options, tuple(costs), facts)
+    return Plan(sizes.batch, sizes.length, types, options, tuple(costs), facts)
 
 
 def default_targets(program: Program) -> Targets:

@@ -82,7 +82,7 @@ def command(
     rewriter plan llama-2-7b --method full --master        fp32 copy: 16 bytes a parameter
     rewriter plan model.lora.pt                            what this program trains
 
-    JSON: model, batch, length, optimizer, states, master_weights, checkpointing, assumptions, and for each of
+    JSON: model, batch, length, types, optimizer, states, master_weights, checkpointing, assumptions, and for each of
     `methods` in bytes: weights, gradients, optimiser, master_copy, activations (saved, checkpointed, outputs,
     by_operation), loss, total, total_checkpointed; the counts parameters, trainable, share, quantised.
     """
