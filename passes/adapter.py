@@ -42,7 +42,9 @@ class Adapter:
     residual addition alone) comes after the adapter, or with `original_norm`: both, the adapter reads what this norm
     gives and its sum is normed again; before, the adapter stands behind the norm. Without `pre_norm` a parallel adapter
     reads the value carried over. `norm_before` and `norm_after` are norms of the adapter's own; `norm_sum` puts the
-    last behind its sum. The scale may be learned, also per channel.
+    last behind its sum. The scale may be learned, also per channel. A LoRA or another update of a layer joins below the
+    sublayer's adapter also when it is applied later; beside an adapter of form layer, it acts on the sum with it and
+    merges only when it was applied first.
 
     Raises `UsageError` when the program has no such sublayer or an option cannot be meant.
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247; He et al. 2021, arXiv

@@ -77,11 +77,12 @@ def sublayers(program: Program) -> Sites[Sublayer]:
 
 def standing(node: Node) -> Node:
     """What stands for a value by now, also when it does not read that value: a block's sum and norm made again."""
-    while True:
-        above = [other for other in node.graph.nodes if (o := Origin.of(other)) and o.stands_for == node.name]
-        if not above:
-            return node
-        node = above[0]
+    names, last = {node.name}, node
+    for other in node.graph.nodes:  # an update below a bottleneck may stand for the same value, and comes before it
+        if (origin := Origin.of(other)) and origin.stands_for in names:
+            names.add(other.name)
+            last = other
+    return last
 
 
 def _unfit(last: Site) -> str:

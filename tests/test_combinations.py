@@ -142,7 +142,63 @@ def test_one_of_two_is_undone_and_the_other_stays(name: str, lora_first: bool) -
         assert distance(run(carried(back, program), "bert"), run(carried(alone, program), "bert")) == 0
 
 
-def test_a_lora_behind_the_activation_on_its_layer_is_no_part_of_the_weight() -> None:
+ADAPTERS = {
+    "series": Adapter(bottleneck=3),
+    "series, norms": Adapter(bottleneck=3, activation="gelu", norm_before=True, norm_after=True, norm_sum=True),
+    "parallel": Adapter(form="parallel", bottleneck=3, activation="tanh"),
+    "both": Adapter(bottleneck=3, activation="silu", original_norm="both"),
+}
+LINEAR: tuple[Pass, ...] = (
+    Lora(targets="all-linear", rank=2, dora=True),
+    Loha(targets="all-linear", rank=2),
+    Ia3(targets="all-linear", feedforward_targets=()),
+)
+
+
+@pytest.mark.parametrize("linear", [Lora(targets="all-linear", rank=2), *LINEAR], ids=["lora", "dora", "loha", "ia3"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_linear_update_joins_its_layer_below_an_adapter_that_came_first(kind: str, linear: Pass) -> None:
+    """Both orders are one model; either pass is undone as if it had never been; the update merges."""
+    base, adapter = traced_double("bert"), ADAPTERS[kind]
+    later = both(base, adapter, linear)
+    first = carried(applied(base, linear, adapter), later)
+    outputs = run(later, "bert")
+    assert distance(outputs, run(first, "bert")) == 0
+    alone = {1: carried(applied(base, linear), later), 2: carried(applied(base, adapter), later)}
+    assert min(distance(outputs, run(one, "bert")) for one in alone.values()) > 1e-3
+    for number, left in alone.items():
+        back = rewriter.undo(later, number)
+        assert rewriter.text(back) == rewriter.text(left)
+        assert rewriter.text(rewriter.undo(back)) == rewriter.text(base)
+    merged = applied(later, Merge(keep=("adapter",)))
+    assert sorted(operations(merged)) == sorted(operations(alone[2]))
+    assert distance(outputs, run(merged, "bert")) < EXACT
+
+
+def test_updates_before_and_after_an_adapter_stack_below_it() -> None:
+    base, adapter, two = traced_double("bert"), Adapter(bottleneck=3), Lora(targets="all-linear", rank=3, adapter="two")
+    one = replace(two, rank=2, adapter="one")
+    program = both(base, one, adapter, two)
+    assert distance(run(program, "bert"), run(carried(applied(base, one, two, adapter), program), "bert")) == 0
+    lefts: tuple[tuple[Pass, ...], ...] = ((adapter, two), (one, two), (one, adapter))
+    for number, left in enumerate(lefts, 1):
+        back = rewriter.undo(program, number)
+        assert distance(run(back, "bert"), run(carried(applied(base, *left), program), "bert")) == 0
+        assert rewriter.text(rewriter.undo(rewriter.undo(back))) == rewriter.text(base)
+    assert distance(run(applied(program, Merge(keep=("adapter",))), "bert"), run(program, "bert")) < EXACT
+
+
+def test_two_adapters_stack_above_an_update_between_them() -> None:
+    base, one, two = traced_double("bert"), Adapter(bottleneck=3), Adapter(bottleneck=2, adapter="two")
+    lora = Lora(targets="all-linear", rank=2)
+    program = both(base, one, lora, two)
+    assert distance(run(program, "bert"), run(carried(applied(base, lora, one, two), program), "bert")) == 0
+    for number, left in ((1, (lora, two)), (2, (one, two)), (3, (one, lora))):
+        back = rewriter.undo(program, number)
+        assert distance(run(back, "bert"), run(carried(applied(base, *left), program), "bert")) == 0
+
+
+def test_a_lora_after_an_adapter_beside_its_layer_is_no_part_of_the_weight() -> None:
     """Undoing the bottleneck lets the LoRA merge."""
     program = combined("bert", "adapter, layer", False)
     with pytest.raises(RewriteError, match=r"lora_A\.default cannot be merged: relu is not affine"):

@@ -250,7 +250,7 @@ LORA = Lora(targets=("down",), rank=4, alpha=7)
 
 @pytest.mark.parametrize("order", ["lora first", "adapter first"])
 def test_with_lora_on_the_output_projection(order: str) -> None:
-    """A later pass acts on what the earlier one made of the layer: the adapter reads a LoRA that was there before."""
+    """A LoRA belongs to its layer: the adapter behind it reads the sum, whichever of the two came first."""
     base = traced_double("mlp")
     passes = (LORA, Adapter(bottleneck=3)) if order == "lora first" else (Adapter(bottleneck=3), LORA)
     program = trained(rewriter.apply(base, *passes).program)
@@ -262,7 +262,7 @@ def test_with_lora_on_the_output_projection(order: str) -> None:
     (h,) = hidden
     inner = norm(ACTIVATIONS["relu"](x @ t["up.weight"].t() + t["up.bias"]), t["norm.weight"], t["norm.bias"])
     update = 7 / 4 * (inner @ a.t() @ b.t()).detach()
-    total = h + update + bottleneck(new, h + update if order == "lora first" else h)
+    total = h + update + bottleneck(new, h + update)
     expected = perceptron(program, x, lambda *_: total)
     assert distance(run(program, "mlp"), [expected]) < 1e-12
     for step, other in ((1, passes[1]), (2, passes[0])):
