@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.nf4 import NESTED_CODE, dequantize_flat
+from runtime.nf4 import KINDS, NESTED_BLOCK, dequantize_flat, nested_scales
 
-KINDS = ("nf4", "fp4")
-NESTED_BLOCK = 256  # scales per second-level scale
 _CHUNK_WEIGHTS = 1 << 20  # dequantised at a time on the CPU: what stays in its cache
 
 
@@ -64,9 +61,7 @@ def _check_nested(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) 
 def scales(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """The fp32 scales that 8-bit codes, one fp32 scale per 256 of them and an offset stand for."""
     _check_nested(absmax, nested_absmax, nested_offset)
-    codes = absmax.reshape(-1)
-    steps = nested_absmax.reshape(-1).repeat_interleave(NESTED_BLOCK)[: codes.numel()]
-    return NESTED_CODE.to(codes.device)[codes.long()] * steps + nested_offset.reshape(())
+    return nested_scales(absmax.reshape(-1), nested_absmax.reshape(-1), nested_offset.reshape(()))
 
 
 # -- the weight -------------------------------------------------------------------------------------------------------
@@ -116,13 +111,13 @@ def _(
 
 
 @functools.cache
-def _triton() -> ModuleType | None:
+def _triton() -> Any:
     """The Triton kernels, where Triton is installed; imported at the first call on a GPU, not before."""
     try:
-        from runtime import nf4_triton
+        import runtime.nf4_triton as kernels
     except ImportError:
         return None
-    return nf4_triton
+    return kernels
 
 
 @functools.cache
@@ -249,7 +244,9 @@ def nf4_linear_double(
     kind: str,
 ) -> Tensor:
     """y = x dequantise(W)ᵀ + b with an 8-bit scale per block, an fp32 scale per 256 of these, and an fp32 offset."""
-    return nf4_linear(x, packed, scales(absmax, nested_absmax, nested_offset), bias, out_features, block_size, kind)
+    scale = scales(absmax, nested_absmax, nested_offset)
+    y: Tensor = nf4_linear(x, packed, scale, bias, out_features, block_size, kind)
+    return y
 
 
 @nf4_linear_double.register_fake

@@ -24,12 +24,13 @@ ENDINGS = {
 }
 # which format takes which option
 TAKES = {
-    "onnx": {"opset", "tolerance", "external_data"},
+    "onnx": {"opset", "tolerance", "external_data", "nf4", "keep_double_quant"},
     "torch": {"device", "dtype"},
     "huggingface": {"dtype", "companions"},
     "peft": {"adapter", "base_model"},
     "adapterhub": {"adapter", "base_model"},
 }
+NF4_FORMS = ("bnb4", "codebook", "int8")
 
 
 @click.command(no_args_is_help=True)
@@ -40,6 +41,10 @@ TAKES = {
 @click.option("--opset", type=int, help="onnx: the version of the operators.")
 @click.option("--tolerance", type=click.FloatRange(min=0), help="onnx: the largest error allowed. Default: 1e-4.")
 @click.option("--external-data/--no-external-data", default=None, help="onnx: weights beside it. Default: past 2 GB.")
+@click.option("--nf4", type=click.Choice(NF4_FORMS), help="onnx: the form of 4-bit weights. Default: bnb4.")
+@click.option(
+    "--keep-double-quant", is_flag=True, default=None, help="onnx: quantised scales of 4-bit weights as well."
+)
 @click.option("--device", help="torch: the device the program runs on.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="torch, huggingface: the type of the weights.")
 @click.option(
@@ -71,6 +76,8 @@ def command(
         return
     if "max_abs_error" in done:
         out(f"largest error against the program: {done['max_abs_error']:.3g}")
+    if done.get("nf4"):
+        out(done["nf4"]["summary"])
     if "size_bytes" in done:
         out(f"{done['size_bytes']:,} bytes")
     out(f"wrote {done.get('path', path)}")

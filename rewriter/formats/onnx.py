@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +24,7 @@ from rewriter.formats.files import open_regular, unchanged
 from rewriter.formats.fingerprint import fingerprint
 from rewriter.formats.onnx_check import PROVIDER, Trial, compare, judge, load_runtime
 from rewriter.formats.onnx_graph import convert, quiet
+from rewriter.formats.onnx_nf4 import NO_FOLDING, EightBit, Nf4Report, use_eight_bit_activations
 from rewriter.program import Program
 
 SCHEMA = 1
@@ -34,7 +35,10 @@ _PLAIN = "Use plain files beside the model; from a Hugging Face cache, `hf downl
 
 @dataclass(frozen=True, slots=True)
 class OnnxReport:
-    """What was written: names with types and sizes, how many initializers, and how it compared with the program."""
+    """What was written: names with types and sizes, how many initializers, and how it compared with the program.
+
+    `nf4` says how layers with 4-bit weights were written; None where there are none.
+    """
 
     path: Path
     size_bytes: int
@@ -44,6 +48,7 @@ class OnnxReport:
     initializers: int
     provider: str
     errors: tuple[Trial, ...]
+    nf4: Nf4Report | None = None
 
     @property
     def max_abs_error(self) -> float:
@@ -64,6 +69,7 @@ class OnnxReport:
                 {"shapes": {name: list(shape) for name, shape in trial.shapes.items()}, "max_abs": trial.max_abs_error}
                 for trial in self.errors
             ],
+            "nf4": self.nf4.to_json() if self.nf4 else None,
         }
 
 
@@ -77,12 +83,18 @@ def export_onnx(
     opset: int | None = None,
     trials: int = 2,
     seed: int = 0,
+    nf4: str | None = None,
+    keep_double_quant: bool = False,
 ) -> OnnxReport:
     """Write a program, in evaluation mode, as an ONNX model, and compare it with the program in ONNX Runtime.
 
     Weights go to `<path>.data` beside the model with `external_data`, by default only when they pass 2 GB. The
     comparison is on `trials` sets of random inputs, each in other sizes of the dynamic dimensions. The files appear
     when it is done, whole, or not at all.
+
+    Layers with 4-bit weights are written as `nf4` says: bnb4 (the default), codebook or int8. The first two hold the
+    program's own bytes; with `keep_double_quant` its quantised scales too, otherwise these are expanded. With int8 the
+    comparison that must hold is with a program of 8-bit levels; the errors reported are those against the program.
 
     Raises `LawError` when an output is further than `tolerance` from the program's, `UsageError` for options that
     cannot be meant, and `RewriteError` when the program cannot be expressed, run or written.
@@ -94,8 +106,8 @@ def export_onnx(
         # The model file is entered first, so that it is the last to appear: it never points at data that is not there.
         partial = stack.enter_context(write_file(path, overwrite=overwrite))
         stack.enter_context(quiet())
-        model = convert(program, opset=opset)
-        _describe(model, program)
+        model, written = convert(program, opset=opset, nf4=nf4, keep_double_quant=keep_double_quant)
+        _describe(model, program, written.sources if written else ())
         data = _data_path(model, path, external_data)
         partial_data = stack.enter_context(write_file(data, overwrite=overwrite)) if data else None
         ir.save(
@@ -103,8 +115,7 @@ def export_onnx(
         )
         if partial_data and not partial_data.exists():
             partial_data.touch()  # every weight is small enough to stay in the model
-        errors = compare(runtime, partial, program, trials, seed)
-        judge(path, errors, tolerance)
+        errors = _measure(runtime, partial, program, written, trials, seed, path, tolerance)
         if data:
             _relocate(partial, data.name)
         sizes = [part.stat().st_size for part in (partial, partial_data) if part]
@@ -117,7 +128,32 @@ def export_onnx(
         initializers=len(model.graph.initializers),
         provider=PROVIDER,
         errors=errors,
+        nf4=written,
     )
+
+
+def _measure(
+    runtime: Any,
+    file: Path,
+    program: Program,
+    written: Nf4Report | None,
+    trials: int,
+    seed: int,
+    path: Path,
+    limit: float,
+) -> tuple[Trial, ...]:
+    """Compare and judge; 8-bit levels are judged by what they stand for, before activations are rounded too."""
+    if written is None or written.form != "int8":
+        disabled = NO_FOLDING if written is not None and written.form == "codebook" else ()
+        errors = compare(runtime, file, program, trials, seed, disabled=disabled)
+        judge(path, errors, limit)
+        return errors
+    with EightBit():  # type: ignore[no-untyped-call]
+        judge(path, compare(runtime, file, program, trials, seed), limit)
+    model = onnx.load(file, load_external_data=False)
+    use_eight_bit_activations(model)
+    file.write_bytes(model.SerializeToString())
+    return compare(runtime, file, program, trials, seed)
 
 
 def _data_path(model: ir.Model, path: Path, wanted: bool | None) -> Path | None:
@@ -138,11 +174,13 @@ def _type(value: ir.Value) -> str:
 # -- what the file says about itself ------------------------------------------------------------------------------
 
 
-def _describe(model: ir.Model, program: Program) -> None:
+def _describe(model: ir.Model, program: Program, sources: Sequence[str]) -> None:
     """Write version, recipe, adapters and the hash of the weights into the model's metadata."""
     steps = [{"name": step.name, "options": _portable(step.options)} for step in program.steps]
     recipe = json.dumps(steps, sort_keys=True, separators=(",", ":"))
-    written = {name: program.tensor(name) for name in model.graph.initializers if name in program.tensors}
+    # `sources` are in the file too, in another form
+    names = dict.fromkeys([*model.graph.initializers, *sources])
+    written = {name: program.tensor(name) for name in names if name in program.tensors}
     adapters = [
         {"step": step.number, "name": step.name, "parameters": [name for name in step.added if name in written]}
         for step in program.steps

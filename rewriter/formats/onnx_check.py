@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,19 @@ def load_runtime() -> Any:
     return onnxruntime
 
 
-def compare(runtime: Any, file: Path, program: Program, trials: int, seed: int) -> tuple[Trial, ...]:
-    """Run the file and the program on `trials` sets of random inputs, each in other sizes of the dynamic dimensions."""
+def compare(
+    runtime: Any, file: Path, program: Program, trials: int, seed: int, *, disabled: Sequence[str] = ()
+) -> tuple[Trial, ...]:
+    """Run the file and the program on `trials` sets of random inputs, each in other sizes of the dynamic dimensions.
+
+    `disabled` names optimizers of ONNX Runtime that the model must run without.
+    """
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions
     try:
-        session = runtime.InferenceSession(str(file), options, providers=[PROVIDER])
+        session = runtime.InferenceSession(
+            str(file), options, providers=[PROVIDER], disabled_optimizers=list(disabled) or None
+        )
     except Exception as error:
         raise _not_run(error) from error
     return tuple(_trial(session, program, trial, seed + trial) for trial in range(trials))

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from rewriter.errors import RewriteError, UsageError
+from rewriter.formats import onnx_nf4
 from rewriter.formats.onnx_names import rename
 from rewriter.module import ATTENTION, ATTENTION_DROPOUT, TRAIN_FLAG
 from rewriter.program import Program, module_path
@@ -34,14 +35,19 @@ _BATCH_NORM_FLAG = {  # operation -> position of its `training` flag
 }
 
 
-def convert(program: Program, *, opset: int | None = None) -> ir.Model:
+def convert(
+    program: Program, *, opset: int | None = None, nf4: str | None = None, keep_double_quant: bool = False
+) -> tuple[ir.Model, onnx_nf4.Nf4Report | None]:
     """The ONNX model of a program in evaluation mode, with readable names and without anything of this machine.
+
+    4-bit layers are written in the form `nf4`, by default bnb4; the report says how, and is None without such layers.
 
     Raises `UsageError` for an opset the exporter cannot write, and `RewriteError` for a program that trains its
     statistics, changes its buffers, or has an operation that ONNX lacks.
     """
     if opset is not None and opset not in OPSETS:
         raise UsageError(f"opset {opset} cannot be written", fix=f"Choose one of {OPSETS[0]} to {OPSETS[-1]}.")
+    onnx_nf4.check_options(program, nf4, keep_double_quant)
     mutated = program.exported.graph_signature.buffers_to_mutate
     if mutated:
         raise RewriteError(
@@ -56,10 +62,14 @@ def convert(program: Program, *, opset: int | None = None) -> ir.Model:
     clone.exported.graph_module.recompile()
     model = _export(clone, opset)
     inputs = [str(value.name) for value in model.graph.inputs]
-    _tidy(model, set(program.tensors))
+    weights, report = set(program.tensors), None
+    if onnx_nf4.has_nf4(program):
+        report, made = onnx_nf4.lower(model, program, nf4 or "bnb4", keep_double_quant)
+        weights |= made
+    _tidy(model, weights)
     rename(model, program, inputs)
     common_passes.NameFixPass()(model)
-    return model
+    return model, report
 
 
 def _evaluate(node: Node) -> None:
@@ -97,7 +107,12 @@ def _export(program: Program, opset: int | None) -> ir.Model:
     try:
         with quiet():
             exported = torch.onnx.export(
-                program.exported, dynamo=True, optimize=False, verbose=False, opset_version=opset
+                program.exported,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=onnx_nf4.translations(),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise RewriteError(
