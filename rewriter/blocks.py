@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from rewriter.program import Program
+from rewriter.view import layers
 
 FEWEST_WEIGHTS = 2  # a list of single layers is no list of blocks
 
@@ -12,13 +13,12 @@ FEWEST_WEIGHTS = 2  # a list of single layers is no list of blocks
 def block_of(program: Program) -> dict[Node, str]:
     """Every operation inside a block -> the path of its block.
 
-    A block is an outermost module whose path ends with a number, that holds at least two matrices, and of whose class
+    A block is an outermost module whose path ends with a number, that holds at least two layers, and of whose class
     there are at least two.
     """
     paths = {node: _stack(node) for node in program.graph.nodes if node.op == "call_function"}
     classes = {path: kind for stack in paths.values() for path, kind in stack if path.rpartition(".")[2].isdigit()}
-    added = {name for step in program.steps for name in step.added}
-    weights = [n for n, tensor in program.parameters().items() if tensor.ndim > 1 and n not in added]
+    weights = {site.weight for site in layers(program).values()}
     heavy = [p for p in classes if sum(name.startswith(f"{p}.") for name in weights) >= FEWEST_WEIGHTS]
     kinds = [classes[path] for path in heavy]
     blocks = {path for path in heavy if kinds.count(classes[path]) > 1}

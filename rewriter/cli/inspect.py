@@ -64,7 +64,7 @@ def _layers(program: Program) -> list[dict[str, Any]]:
         {
             "path": site.path,
             "kind": site.kind,
-            "shape": list(program.tensor(site.weight).shape),
+            "shape": list(weight_like(program, site).shape),
             "tied": list(site.tied),
             "role": roles.get(site.path, ""),
         }

@@ -62,6 +62,8 @@ def load_exported_program(
     """
     import torch
 
+    import runtime.nf4_linear  # noqa: F401 - registers the operators that a program of ours may hold
+
     with unchanged(path):
         check_pt2(path, verify=verify, trust_pickle=trust_pickle)
         _register_types(path)
