@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.nf4 import KINDS, NESTED_BLOCK, dequantize_flat, nested_scales
+from runtime.nf4 import KINDS, NESTED_BLOCK, NESTED_CODE, dequantize_flat
 
 _CHUNK_WEIGHTS = 1 << 20  # dequantised at a time on the CPU: what stays in its cache
 
@@ -61,7 +61,9 @@ def _check_nested(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) 
 def scales(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """The fp32 scales that 8-bit codes, one fp32 scale per 256 of them and an offset stand for."""
     _check_nested(absmax, nested_absmax, nested_offset)
-    return nested_scales(absmax.reshape(-1), nested_absmax.reshape(-1), nested_offset.reshape(()))
+    codes = absmax.reshape(-1)
+    steps = nested_absmax.reshape(-1).repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+    return NESTED_CODE.to(codes.device)[codes.int()] * steps + nested_offset.reshape(())
 
 
 # -- the weight -------------------------------------------------------------------------------------------------------

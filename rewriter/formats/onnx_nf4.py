@@ -146,7 +146,7 @@ def lower(model: ir.Model, program: Program, form: str, keep_double_quant: bool)
 
 
 def _layer(node: ir.Node, first: Mapping[str, str], made: dict[str, ir.Value], keep: bool) -> Layer:
-    path = module_path(node)
+    path = module_path(node) or str(node.name)
     inputs = dict(zip(_INPUTS[node.op_type], [*node.inputs, None], strict=False))
     x, bias = inputs.pop("x"), inputs.pop("bias", None)
     assert x is not None

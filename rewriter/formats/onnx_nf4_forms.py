@@ -116,8 +116,10 @@ def bnb4(layer: Layer) -> tuple[ir.Value, float]:
 
 def _check_activations(layer: Layer, operator: str) -> None:
     if layer.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-        found = f"its activations are {layer.dtype.name.lower()}"
-        raise _refusal(layer, f"{found}; {operator} takes float and float16", "codebook")
+        reason = f"its activations are {layer.dtype.name.lower()}; {operator} takes float and float16"
+        if layer.dtype == ir.DataType.BFLOAT16:  # nothing multiplies these on a CPU, where the export is checked
+            raise RewriteError(f"{layer.path} cannot be exported: {reason}", fix="Trace the model in float32.")
+        raise _refusal(layer, reason, "codebook")
 
 
 def _refusal(layer: Layer, reason: str, *others: str) -> RewriteError:
