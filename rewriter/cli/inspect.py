@@ -57,6 +57,7 @@ def _show(source: str, program: Program) -> None:
 
 
 def _layers(program: Program) -> list[dict[str, Any]]:
+    from rewriter.quantised import weight_like
     from rewriter.view import layers
 
     roles = _roles(program)
