@@ -58,12 +58,23 @@ def _check_nested(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) 
     _check_tensor("nested_offset", nested_offset, torch.float32, 1, "double quantisation")
 
 
+@torch.library.custom_op(
+    "rewriter::nf4_scales",
+    mutates_args=(),
+    schema="(Tensor absmax, Tensor nested_absmax, Tensor nested_offset) -> Tensor",
+)
 def scales(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """The fp32 scales that 8-bit codes, one fp32 scale per 256 of them and an offset stand for."""
     _check_nested(absmax, nested_absmax, nested_offset)
     codes = absmax.reshape(-1)
     steps = nested_absmax.reshape(-1).repeat_interleave(NESTED_BLOCK)[: codes.numel()]
     return NESTED_CODE.to(codes.device)[codes.int()] * steps + nested_offset.reshape(())
+
+
+@scales.register_fake
+def _(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    _check_nested(absmax, nested_absmax, nested_offset)
+    return absmax.new_empty((absmax.numel(),), dtype=torch.float32)
 
 
 # -- the weight -------------------------------------------------------------------------------------------------------
