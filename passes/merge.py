@@ -10,12 +10,13 @@ import torch
 from torch.fx import Node
 
 from passes.merge_4bit import POLICIES, Policy, fold_4bit, is_4bit
+from passes.merge_refusal import nothing, stuck
 from passes.stand_in import StandIn, settle, stand_ins
 from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
 from rewriter.find import Miss, Sites
-from rewriter.fold import folds, leftover, refuse
+from rewriter.fold import folds, leftover
 from rewriter.grouped import grouped
 from rewriter.program import Program
 from rewriter.region import BIAS_INPUT, Fold, bias_beside, entry, weight_operand
@@ -91,17 +92,9 @@ class Merge:
         held = frozenset().union(*(site.reads for site in settled.values()))
         rest = [each for each in leftover(program, constants, found, broken) if each[0] not in held | kept]
         if rest:
-            raise refuse(program, *rest[0])
+            raise stuck(program, rest, kept, [*(fold.reads for fold in found), held], self.keep)
         if not found and not settled:
-            merged = [step.number for step in program.steps if step.name == self.name]
-            raise RewriteError(
-                "nothing to merge",
-                evidence=[
-                    *([f"merged already by step {merged[-1]}"] if merged else []),
-                    *(f"{miss.path}: {miss.reason}" for miss in missed[:6]),
-                ],
-                fix="A merge needs an update beside a base weight; `rewriter inspect MODEL` lists the steps.",
-            )
+            raise nothing(program, kept, missed)
         for fold in found:
             others = _other_readers(program, fold)
             if others and not self.untie:

@@ -16,7 +16,6 @@ from torch.fx import Node
 
 from rewriter.affine import Analysis, has_rule
 from rewriter.constants import Constants
-from rewriter.errors import RewriteError
 from rewriter.form import Form, NotAffine
 from rewriter.grouped import grouped
 from rewriter.module import TRAIN_FLAG
@@ -344,16 +343,3 @@ def _breaker(constants: Constants, start: Node, known: list[NotAffine]) -> tuple
         if node.target is aten.dropout.default and node.args[2]:
             return node, "dropout in training mode is random"
     return next(iter(start.users)), "it reaches no base weight"
-
-
-def refuse(program: Program, name: str, node: Node, reason: str) -> RewriteError:
-    """The error for a parameter that cannot be folded, with the program's lines around the node."""
-    from rewriter.text import around
-
-    made = next((step.name for step in program.steps if name in step.added), None)
-    keep = f"Leave it in the graph with --keep {made}" if made else "Leave it in the graph"
-    return RewriteError(
-        f"{name} cannot be merged: {reason}",
-        evidence=around(program, node),
-        fix=f"{keep}, export the program with its branch, or undo it before merging.",
-    )

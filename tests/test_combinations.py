@@ -16,6 +16,7 @@ from passes import (
     Adalora,
     Adapter,
     Bake,
+    Binarise,
     Ia3,
     Intrinsic,
     LayerNormTuning,
@@ -201,10 +202,66 @@ def test_two_adapters_stack_above_an_update_between_them() -> None:
 def test_a_lora_after_an_adapter_beside_its_layer_is_no_part_of_the_weight() -> None:
     """Undoing the bottleneck lets the LoRA merge."""
     program = combined("bert", "adapter, layer", False)
-    with pytest.raises(RewriteError, match=r"lora_A\.default cannot be merged: relu is not affine"):
+    with pytest.raises(RewriteError, match=r"lora \(step 2\) acts on a sum with adapter \(step 1\)") as kept:
         rewriter.apply(program, Merge(keep=("adapter",)))
+    assert "Apply lora before adapter" in kept.value.fix
+    with pytest.raises(RewriteError, match=r"adapter\.default\.down\.weight cannot be merged: relu") as whole:
+        rewriter.apply(program, Merge())
+    assert "Apply lora before adapter" in whole.value.fix
     merged = applied(rewriter.undo(program, "adapter"), Merge())
     assert operations(merged) == operations(traced_double("bert"))
+
+
+@pytest.mark.parametrize("keep", [(), ("select",)])
+@pytest.mark.parametrize("adapter", ["default", "two"])
+def test_a_merge_beside_open_gates_asks_to_close_them(adapter: str, keep: tuple[str, ...]) -> None:
+    base = traced_double("llama")
+    program = both(base, LORA, Select(method="diff_pruning", paths=("*.q_proj.weight",), adapter=adapter))
+    with pytest.raises(RewriteError, match=r"diff pruning's gates are open.* select \(step 2\)") as error:
+        rewriter.apply(program, Merge(keep=keep))
+    assert "--pass binarise" in error.value.fix
+    assert ("--adapter-name two" in error.value.fix) is (adapter == "two")
+    closed = applied(program, Binarise(adapter=adapter))
+    merged = applied(closed, Merge())
+    assert operations(merged) == operations(base)
+    assert distance(run(merged, "llama"), run(closed, "llama")) < EXACT
+
+
+def test_a_refused_merge_says_what_breaks_it_and_where_else_and_no_more() -> None:
+    base = traced_double("bert")
+    program = both(base, Adapter(form="layer", targets="all-linear", bottleneck=3), Prefix(virtual_tokens=3))
+    with pytest.raises(RewriteError) as error:
+        rewriter.apply(program, Merge())
+    what, at, *others, more, _ = str(error.value).split("\n")
+    assert what.endswith("cannot be merged: relu is not affine")
+    assert "adapter_relu = relu" in at
+    assert len(at) < 170
+    assert len({other.split(".adapter.")[0] for other in others}) == len(others) == 5
+    assert re.fullmatch(r"  … and \d+ more", more)
+
+
+def test_the_advice_to_keep_repeats_what_is_kept() -> None:
+    program = both(traced_double("bert"), LORA, Adapter(bottleneck=3), Prefix(virtual_tokens=3))
+    for keep, advice in (((), "adapter,prefix"), (("prefix",), "prefix,adapter")):
+        with pytest.raises(RewriteError) as error:
+            rewriter.apply(program, Merge(keep=keep))
+        assert f"Merge the rest with --keep {advice}," in error.value.fix
+        merged = applied(program, Merge(keep=tuple(advice.split(","))))
+        assert distance(run(merged, "bert"), run(program, "bert")) < EXACT
+
+
+TRAINED: tuple[Pass, ...] = (Select(), LayerNormTuning(), Select(method="last", last=1))
+
+
+@pytest.mark.parametrize("pass_", TRAINED, ids=["bitfit", "ln_tuning", "last"])
+def test_what_trains_the_weights_themselves_has_nothing_to_merge(pass_: Pass) -> None:
+    program = both(traced_double("bert"), pass_)
+    with pytest.raises(RewriteError, match=f"nothing to merge: what {pass_.name} trains are weights") as error:
+        rewriter.apply(program, Merge())
+    assert "export the program as it is" in error.value.fix
+    assert error.value.evidence[0] in program.trainable
+    with pytest.raises(RewriteError, match="nothing to merge beside adapter, which keep leaves"):
+        rewriter.apply(both(program, Adapter(bottleneck=3)), Merge(keep=("adapter",)))
 
 
 # -- (IA)³ scales what a LoRA adapts, so that the order matters ------------------------------------------------------
