@@ -70,7 +70,7 @@ def check_options(program: Program, form: str | None, keep_double_quant: bool) -
     if (form is not None or keep_double_quant) and not targets & {*_OPERATORS}:
         raise UsageError(
             "the program has no 4-bit weights, so there is no form to choose for them",
-            fix="Quantise it first (rewriter nf4), or leave --nf4 and --keep-double-quant out.",
+            fix="Quantise it first (`rewriter apply --pass nf4`), or leave --nf4 and --keep-double-quant out.",
         )
     if keep_double_quant and (form == "int8" or _OPERATORS[1] not in targets):
         reason = "form int8 has other scales" if form == "int8" else "the program's scales are not quantised"
