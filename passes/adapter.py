@@ -18,7 +18,7 @@ from rewriter.find import Miss, Sites, Targets, select
 from rewriter.program import Program
 from rewriter.quantised import weight_like
 from rewriter.transform import EXACT, FREE, Law
-from rewriter.view import Conv, Experts, Linear, Linear4bit, scope
+from rewriter.view import Conv, Experts, Linear, Linear4bit, computed, scope
 
 aten = torch.ops.aten
 END = 2**63 - 1  # of a slice without one
@@ -102,7 +102,7 @@ class Adapter:
         everything = sublayers(program)
         wanted = {site.path: site for site in everything if self._is_placed(site)}
         if not wanted:
-            raise _nothing(self, everything)
+            raise _nothing(self, program, everything)
         usable = select(
             program,
             tuple(wanted),
@@ -307,11 +307,17 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _nothing(adapter: Adapter, everything: Sites[Sublayer]) -> UsageError:
+def _nothing(adapter: Adapter, program: Program, everything: Sites[Sublayer]) -> UsageError:
     kinds = sorted({site.kind.replace("_", "-") for site in everything})
     if kinds:
         what = f"the program has no sublayer that placement={adapter.placement} means"
         return UsageError(what, evidence=[f"found: {', '.join(kinds)}"], fix="Choose another placement.")
+    made = list(dict.fromkeys(computed(program).values()))
+    if made:
+        return UsageError(
+            f"the pass {made[-1]} computes weights of this program, and no sublayer without such a weight was found",
+            fix=f"Apply the adapter before {made[-1]}, or merge or undo {made[-1]} first.",
+        )
     return UsageError(
         "the program has no sublayer with a residual addition behind a linear layer",
         evidence=[f"{miss.path}: {miss.reason}" for miss in everything.missed[:6]],

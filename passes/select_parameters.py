@@ -14,7 +14,7 @@ from rewriter.find import Miss
 from rewriter.norms import norms
 from rewriter.program import Program, module_path
 from rewriter.region import RESHAPES, readers
-from rewriter.view import Embedding, layers, modules, weight_of
+from rewriter.view import Embedding, computed, layers, modules, weight_of
 
 aten = torch.ops.aten
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
@@ -33,6 +33,12 @@ def biases(program: Program) -> tuple[tuple[str, ...], tuple[Miss, ...]]:
     for norm in norms(program):
         if norm.parameters:
             _note(found, missed, norm.path, norm.bias)
+    made = list(dict.fromkeys(pass_ for name, pass_ in computed(program).items() if name.endswith("bias")))
+    if not found and made:
+        raise UsageError(
+            f"the pass {made[-1]} computes the biases of this model, and none is left that trains as it is",
+            fix=f"Train the biases instead of {made[-1]}: merge or undo it first.",
+        )
     if not found:
         raise UsageError(
             "no layer or norm of this model has a bias",

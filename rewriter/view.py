@@ -180,6 +180,13 @@ def _sources(end: Node) -> set[Node]:
     return {node for node in read if node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
 
 
+def computed(program: Program) -> dict[str, str]:
+    """Parameter -> the pass that last put a value computed of it, such as `W + P θ`, in its place."""
+    names = {node.name: name for node in program.graph.nodes if (name := program.parameter_name(node)) is not None}
+    origins = [origin for node in program.graph.nodes if (origin := Origin.of(node)) is not None]
+    return {names[o.stands_for]: o.name for o in origins if o.stands_for in names}
+
+
 def weight_of(program: Program, node: object) -> tuple[str, bool] | None:
     """The parameter behind a value and whether it arrives transposed; None when the value is not a bare parameter.
 

@@ -426,6 +426,26 @@ def test_a_combination_that_makes_no_sense_is_refused(name: str) -> None:
     assert rewriter.text(program) == text
 
 
+GATED = Select(method="diff_pruning")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (Intrinsic(dimension=16), Adapter(), "the pass intrinsic computes weights"),
+        (GATED, Adapter(placement="pfeiffer"), "the pass select computes weights"),
+        (GATED, Select(), "the pass select computes the biases"),
+    ],
+    ids=["intrinsic, adapter", "diff pruning, adapter", "diff pruning, bitfit"],
+)
+def test_a_refusal_names_the_pass_that_computes_the_weights(before: Pass, after: Pass, reason: str) -> None:
+    program = applied(traced("bert"), before)
+    with pytest.raises(UsageError, match=reason) as error:
+        rewriter.apply(program, after)
+    assert f"undo {before.name} first" in error.value.fix or "undo it first" in error.value.fix
+    assert rewriter.apply(rewriter.undo(program), after).sites
+
+
 @pytest.mark.parametrize("later", [Prefix(virtual_tokens=3), Prompt(virtual_tokens=4)], ids=lambda later: later.name)
 def test_a_step_under_one_that_rewires_is_not_undone(later: Pass) -> None:
     program = rewriter.apply(traced("llama"), LORA, later).program

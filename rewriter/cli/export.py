@@ -31,6 +31,15 @@ TAKES = {
     "adapterhub": {"adapter", "base_model"},
 }
 NF4_FORMS = ("bnb4", "codebook", "int8")
+_MERGED = "Fold it into the weights with `rewriter merge`, and export the model with --to huggingface."
+# passes whose parameters no PEFT directory can hold -> what to do instead
+INSTEAD_OF_PEFT = {
+    "adapter": "Write bottleneck adapters with --to adapterhub.",
+    "adapterhub": "Write bottleneck adapters with --to adapterhub.",
+    "intrinsic": _MERGED,
+    "binarise": _MERGED,
+    "select": "Export the model with --to huggingface, after `rewriter merge` of a change beside its weights.",
+}
 
 
 @click.command(no_args_is_help=True)
@@ -118,7 +127,24 @@ def _peft(
 ) -> dict[str, Any]:
     from passes.peft_write import write_adapter
 
+    _refuse_for_peft(program)
     return {"path": str(write_adapter(program, path, overwrite=overwrite, **options))}
+
+
+def _refuse_for_peft(program: Program) -> None:
+    """Refuse what PEFT has no format for, with the way that the program can take instead."""
+    from rewriter.errors import RewriteError
+
+    held = list(dict.fromkeys(step.name for step in program.steps))
+    foreign = [name for name in held if name in INSTEAD_OF_PEFT]
+    if foreign:
+        others = [name for name in held if name not in foreign]
+        first = f"Undo {', '.join(others)} first for that, or take" if others else "Or take"
+        raise RewriteError(
+            f"PEFT has no format for {', '.join(foreign)}, which this program holds",
+            evidence=[f"passes: {', '.join(held)}"],
+            fix=f"{INSTEAD_OF_PEFT[foreign[0]]} {first} the whole program with --to onnx or torch.",
+        )
 
 
 def _adapterhub(

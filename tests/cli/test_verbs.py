@@ -118,6 +118,32 @@ def test_verify(folder: Path, run: Run) -> None:
     assert "head.weight holds 1 NaN" in run("verify", "nan.pt", code=4).stderr
 
 
+@pytest.mark.parametrize(
+    ("passes", "instead"),
+    [
+        (("adapter",), "Write bottleneck adapters with --to adapterhub. Or take the whole program with --to onnx"),
+        (("lora", "adapter"), "--to adapterhub. Undo lora first for that, or take the whole program"),
+        (("intrinsic",), "with `rewriter merge`, and export the model with --to huggingface"),
+        (("select",), "export the model with --to huggingface"),
+    ],
+)
+def test_what_peft_cannot_hold_goes_out_another_way(
+    folder: Path, run: Run, passes: tuple[str, ...], instead: str
+) -> None:
+    targets = ("--targets", "up,down") if "lora" in passes else ()
+    run(
+        "apply",
+        *[word for name in passes for word in ("--pass", name, *(targets if name == "lora" else ()))],
+        "mlp.pt",
+        "-o",
+        "x.pt",
+    )
+    shown = run("export", "x.pt", "--to", "peft", "-o", "out", code=1).stderr
+    assert f"PEFT has no format for {passes[-1]}, which this program holds" in shown
+    assert instead.lower() in shown.lower()
+    assert not (folder / "out").exists()
+
+
 def test_export_to_torch_and_hugging_face(folder: Path, run: Run) -> None:
     data = json.loads(run("export", "mlp.pt", "--to", "torch", "--dtype", "float64", "--json").stdout)
     assert data["dtype"] == "float64"
