@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.nf4 import KINDS, NESTED_BLOCK, NESTED_CODE, dequantize_flat
+from runtime.nf4 import KINDS, NESTED_BLOCK, NESTED_CODE, Quantised, dequantize, dequantize_flat
 
-_CHUNK_WEIGHTS = 1 << 20  # dequantised at a time on the CPU: what stays in its cache
+_CHUNK_WEIGHTS = 1 << 22  # dequantised at a time on the CPU, whatever the size of the weight
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -91,11 +91,8 @@ def nf4_weight(
 ) -> Tensor:
     """The dequantised weight [out_features, in_features] in `dtype`."""
     _check_weight(packed, absmax, out_features, in_features, block_size, kind)
-    count = out_features * in_features
-    flat = dequantize_flat(
-        packed.reshape(-1), absmax.reshape(-1), numel=count, block_size=block_size, kind=kind, dtype=dtype
-    )
-    return flat.reshape(out_features, in_features)
+    it = Quantised(packed.reshape(-1), absmax.reshape(-1), (out_features, in_features), dtype, kind, block_size)
+    return dequantize(it)
 
 
 @nf4_weight.register_fake
@@ -172,14 +169,9 @@ def _linear_in_chunks(
     for start in range(0, out_features, step):
         rows = min(step, out_features - start)
         first, count = start * width, rows * width
-        weight = dequantize_flat(
-            packed[first // 2 : (first + count + 1) // 2],
-            absmax[first // block_size : -(-(first + count) // block_size)],
-            numel=count,
-            block_size=block_size,
-            kind=kind,
-            dtype=x.dtype,
-        ).reshape(rows, width)
+        codes = packed[first // 2 : (first + count + 1) // 2]
+        scale = absmax[first // block_size : -(-(first + count) // block_size)]
+        weight = dequantize(Quantised(codes, scale, (rows, width), x.dtype, kind, block_size))
         parts.append(F.linear(x, weight, None if bias is None else bias[start : start + rows].to(x.dtype)))
     if len(parts) == 1:
         return parts[0]
