@@ -7,7 +7,7 @@ interpreter's lock, so that as many stretches of the weight are worked on at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.nf4_tables import thresholds
 
 PIECE = 1 << 15  # values compared at a time: more, and torch would start threads inside ours
-STRETCH = 32 * PIECE  # weights one thread takes at a time
+STRETCH = 8 * PIECE  # weights one thread takes at a time
 Array = NDArray[Any]
 
 
@@ -62,51 +62,62 @@ def join(codes: Array, packed: Array) -> None:
 
 def quantise(flat: Tensor, block_size: int, kind: str, packed: Tensor, absmax: Tensor) -> None:
     """Quantise whole blocks into `packed` and `absmax`."""
+    bytes_, largest = packed.numpy(), absmax.numpy()
+    rows = PIECE // block_size
 
-    def work(start: int) -> None:
-        values = flat[start : start + STRETCH].float()
-        count = values.numel()
-        largest = absmax[start // block_size :][: count // block_size]
-        codes = np.empty(count, dtype=np.uint8)
-        scaled = torch.empty(min(count, PIECE)).view(-1, block_size)
-        coder = Coder(kind)
-        pieces = values.view(-1, block_size).split(len(scaled))
-        for piece, most in zip(pieces, largest.split(len(scaled)), strict=True):
-            torch.amax(torch.abs(piece, out=scaled[: len(piece)]), dim=-1, out=most)
-        factors = largest.clamp(min=1e-38).reciprocal_()[:, None].split(len(scaled))
-        for index, (piece, factor) in enumerate(zip(pieces, factors, strict=True)):
-            target = torch.mul(piece, factor, out=scaled[: len(piece)])
-            coder.find(target.view(-1).numpy(), codes[index * PIECE :][: piece.numel()])
-        join(codes, packed[start // 2 :][: count // 2].numpy())
+    def work(starts: Iterator[int]) -> None:
+        coder, codes = Coder(kind), np.empty(STRETCH, dtype=np.uint8)
+        scaled, factors = torch.empty(rows, block_size), torch.empty(rows, 1)
+        scaled_array, factors_array = scaled.view(-1).numpy(), factors.view(-1).numpy()
+        for start in starts:
+            stretch = flat[start : start + STRETCH].view(-1, block_size)
+            count, block = stretch.numel(), start // block_size
+            pieces = zip(stretch.split(rows), absmax[block : block + len(stretch)].split(rows), strict=True)
+            for index, (piece, most) in enumerate(pieces):
+                size, height = piece.numel(), len(piece)
+                values = piece if piece.dtype == torch.float32 else piece.float()
+                whole = scaled if height == rows else scaled[:height]
+                torch.amax(torch.abs(values, out=whole), dim=-1, out=most)
+                inverse = factors_array[:height]
+                np.maximum(largest[block + index * rows :][:height], np.float32(1e-38), out=inverse)
+                np.reciprocal(inverse, out=inverse)
+                torch.mul(values, factors[:height], out=whole)
+                coder.find(scaled_array[:size], codes[index * PIECE :][:size])
+            join(codes[:count], bytes_[start // 2 :][: count // 2])
 
     share(work, range(0, flat.numel(), STRETCH))
-
-
-def share(work: Callable[[int], None], starts: range) -> None:
-    """Do the work from each start, in as many threads as torch uses."""
-    workers = min(torch.get_num_threads(), len(starts))
-    if workers < 2:
-        for start in starts:
-            work(start)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(work, starts):
-            pass
 
 
 def dequantise(packed: Tensor, absmax: Tensor, block_size: int, pairs: Tensor, flat: Tensor) -> None:
     """Write the values of all codes, times their block's scale, into `flat`; `pairs` holds two fp32 values per byte."""
     full = flat.numel() - flat.numel() % block_size
 
-    def work(start: int) -> None:
-        for first in range(start, min(start + STRETCH, full), PIECE):
-            last = min(first + PIECE, full)
-            values = pairs.index_select(0, packed[first // 2 : last // 2].int()).view(torch.float32)
-            scales = absmax[first // block_size : last // block_size, None]
-            rows = values.view(-1, block_size)
-            flat[first:last].copy_(torch.mul(rows, scales, out=rows).view(-1))
+    def work(starts: Iterator[int]) -> None:
+        room, places = torch.empty(PIECE // 2, dtype=torch.int64), torch.empty(PIECE // 2, dtype=torch.int32)
+        for start in starts:
+            for first in range(start, min(start + STRETCH, full), PIECE):
+                last = min(first + PIECE, full)
+                place = places[: (last - first) // 2].copy_(packed[first // 2 : last // 2])
+                found = torch.index_select(pairs, 0, place, out=room[: len(place)]).view(torch.float32)
+                rows, scales = found.view(-1, block_size), absmax[first // block_size : last // block_size, None]
+                target = flat[first:last].view(-1, block_size)
+                if flat.dtype == torch.float32:
+                    torch.mul(rows, scales, out=target)
+                else:
+                    target.copy_(rows.mul_(scales))
 
     share(work, range(0, full, STRETCH))
     if full != flat.numel():
         values = pairs[packed[full // 2 :].int()].view(torch.float32)
         flat[full:] = values[: flat.numel() - full] * absmax[-1]
+
+
+def share(work: Callable[[Iterator[int]], None], starts: range) -> None:
+    """Do the work from each start, in as many threads as torch uses: `work` takes starts until there are no more."""
+    workers, left = min(torch.get_num_threads(), len(starts)), iter(starts)
+    if workers < 2:
+        work(left)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work, left) for _ in range(workers)]:
+            done.result()

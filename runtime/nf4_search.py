@@ -9,7 +9,7 @@ codes have one scale that is best for them, in closed form:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -52,20 +52,20 @@ def _each(flat: Tensor, block_size: int, kind: str, do: Callable[[Tensor, int, _
     on_cpu = flat.device.type == "cpu"
     stretch, piece = (STRETCH, PIECE) if on_cpu else (_AT_ONCE, _AT_ONCE)
 
-    def work(start: int) -> None:
-        values = flat[start : start + stretch].float()
-        rows = torch.nn.functional.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
+    def work(starts: Iterator[int]) -> None:
         find = Coder(kind).of if on_cpu else lambda scaled: nearest(scaled, kind)
         step = piece // block_size
-        for first in range(0, len(rows), step):
-            do(rows[first : first + step], start // block_size + first, find)
+        for start in starts:
+            values = flat[start : start + stretch].float()
+            rows = torch.nn.functional.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
+            for first in range(0, len(rows), step):
+                do(rows[first : first + step], start // block_size + first, find)
 
     starts = range(0, flat.numel(), stretch)
     if on_cpu:
         share(work, starts)
     else:
-        for start in starts:
-            work(start)
+        work(iter(starts))
 
 
 def _factors(unit: Tensor, table: Tensor, find: _Find) -> Tensor:
