@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 from runtime.nf4 import levels
@@ -15,7 +15,7 @@ LARGEST_ROWS = 64  # above, a product of dequantised weights by the vendor's lib
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _linear_kernel(  # type: ignore[no-untyped-def]
     x, packed, absmax, table, bias, y, rows, outputs, width, block_size,
     has_bias: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_BYTES: tl.constexpr,
@@ -44,7 +44,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dequantise_kernel(packed, absmax, table, weight, count, block_size, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = place < count
