@@ -19,7 +19,7 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches, cast_leaf_tensors, prepare_for_export
 
 from rewriter.errors import LawError, RewriteError, UnsafeError
-from rewriter.formats import pickle, safetensors
+from rewriter.formats import bitsandbytes, pickle, safetensors
 from rewriter.formats.atomic import write_directory
 from rewriter.formats.fingerprint import fingerprint
 from rewriter.formats.huggingface_inputs import example_inputs, varying_sizes
@@ -71,9 +71,51 @@ def load(
     made up from the configuration unless given, as a tuple or by name. Raises `UnsafeError` for a model that needs code
     from the directory, `RewriteError` when weights are missing or left over, or the class cannot be told.
     """
-    model = load_model(directory, architecture=architecture, dtype=dtype)
     args, kwargs = split_inputs(inputs)
+    settings = read_json(directory / CONFIG)
+    if bitsandbytes.is_4bit(directory, settings):
+        return _load_4bit(directory, settings, architecture, dtype, (args, kwargs))
+    model = load_model(directory, architecture=architecture, dtype=dtype)
     return trace_model(model, args, kwargs, directory=directory.resolve().name)
+
+
+def _load_4bit(
+    directory: Path,
+    settings: dict[str, Any],
+    architecture: str | None,
+    dtype: torch.dtype | None,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+) -> Program:
+    """The model of a bitsandbytes checkpoint: traced with stand-ins that take no memory, then given its 4-bit weights.
+
+    It computes in the type of the model; bitsandbytes may multiply in another one (`bnb_4bit_compute_dtype`).
+    """
+    kind = architecture_of(directory, settings, architecture)
+    plain, stored = bitsandbytes.split(_weights(directory), directory)
+    floats = [tensor.dtype for tensor in plain.values() if tensor.is_floating_point()]
+    config = config_class(kind).from_pretrained(directory, local_files_only=True)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else (floats or [torch.float32])[0]
+    shapes = _shapes(kind, config)
+    stand_ins = {
+        name: torch.zeros((), dtype=dtype).expand(shapes.get(name, each.weight.shape)) for name, each in stored.items()
+    }
+    model = load_model(directory, architecture=architecture, dtype=dtype, tensors={**plain, **stand_ins})
+    digest = {"weights_sha256": fingerprint({**plain, **bitsandbytes.content(stored)})}
+    program = trace_model(model, *inputs, directory=directory.resolve().name, metadata=digest)
+    return bitsandbytes.put(program, stored, settings)
+
+
+def _shapes(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """The shapes a model has for its tensors: some store a weight as [i, o]."""
+    _without_quantisation(config)
+    with torch.device("meta"), quiet():
+        return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+
+
+def _without_quantisation(config: PreTrainedConfig) -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def split_inputs(inputs: Inputs | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -97,6 +139,7 @@ def load_model(
     with quiet():
         try:
             config = config_class(kind).from_pretrained(directory, local_files_only=True)
+            _without_quantisation(config)
             # Shapes that differ are reported like missing names instead of raised without a word on which.
             result: Any = kind.from_pretrained(
                 None,
@@ -149,7 +192,7 @@ def trace_model(
         **(metadata or {}),
     }
     tensors = model.state_dict()
-    if not any(tensor.device.type == "meta" for tensor in tensors.values()):
+    if "weights_sha256" not in described and not any(tensor.device.type == "meta" for tensor in tensors.values()):
         described["weights_sha256"] = fingerprint(tensors)
     with without_cache(model, named):
         try:
@@ -195,10 +238,16 @@ def save(
     on its example inputs before it appears. Raises `RewriteError` for a program with parameters that its architecture
     does not have, `LawError` when the outputs of the reloaded model differ.
     """
-    model = filled_model(program, dtype)
+    four = bitsandbytes.stored_names(program)
+    if four and dtype is not None:
+        raise RewriteError("4-bit weights have no other type to be written in", fix="Leave the type out.")
+    model = filled_model(program, dtype, four)
     with write_directory(directory, inputs=[source] if source else [], overwrite=overwrite) as partial:
         with quiet():
-            model.save_pretrained(partial, state_dict=independent_tensors(model))
+            state = {name: tensor for name, tensor in independent_tensors(model).items() if name not in four}
+            model.save_pretrained(partial, state_dict={**state, **bitsandbytes.tensors(program)})
+        if four:
+            _describe_4bit(partial / CONFIG, program)
         for file in _companions(source):
             shutil.copyfile(file, partial / file.name)
         return _check_reload(program, partial, type(model).__name__)
@@ -216,9 +265,7 @@ def architecture_of(directory: Path, settings: dict[str, Any], chosen: str | Non
     if settings.get("auto_map") and chosen is None:
         fix = "If transformers has the model, name its class: architecture=..."
         raise UnsafeError(f"{path} asks for code of its own (auto_map)", evidence=[str(settings["auto_map"])], fix=fix)
-    if settings.get("quantization_config"):
-        how = str(settings["quantization_config"])[:200]
-        raise RewriteError(f"{directory} is quantised", evidence=[how], fix="Give the model it was quantised from.")
+    bitsandbytes.is_4bit(directory, settings)  # refuses every other quantisation
     if not (isinstance(named, list) and len(named) == 1 and isinstance(named[0], str)):
         seen = "has no field 'architectures'" if named is None else f"has 'architectures': {named!r}, one was expected"
         fix = "Name the class of transformers to load: architecture=..., for example architecture='BertModel'."
@@ -291,6 +338,12 @@ def _configured_without_cache(model: torch.nn.Module, inputs: Mapping[str, Any])
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
+def _describe_4bit(path: Path, program: Program) -> None:
+    """Let a written config.json say how the weights are held."""
+    settings = {**read_json(path), "quantization_config": bitsandbytes.quantization_config(program)}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _companions(source: Path | None) -> list[Path]:
     if source is None:
         return []
@@ -298,19 +351,33 @@ def _companions(source: Path | None) -> list[Path]:
 
 
 def _check_reload(program: Program, directory: Path, name: str) -> float:
+    if bitsandbytes.stored_names(program):
+        return _check_4bit(program, directory, name)
     reloaded = load_model(directory, architecture=name)
     args, kwargs = program.exported.example_inputs or ((), example_inputs(reloaded))
     with torch.no_grad(), _configured_without_cache(reloaded, kwargs):
         typed_args, typed_kwargs = cast_leaf_tensors((args, kwargs), dtype=reloaded.dtype, device=reloaded.device)
         got = reloaded(*typed_args, **typed_kwargs)
-    expected = program(*args, **kwargs)
+    return _compare(name, program(*args, **kwargs), got, reloaded.dtype)
+
+
+def _check_4bit(program: Program, directory: Path, name: str) -> float:
+    example = program.exported.example_inputs
+    reloaded = load(directory, architecture=name, inputs=None if example is None else example[1] or example[0])
+    args, kwargs = example or reloaded.exported.example_inputs or ((), {})
+    kinds = [tensor.dtype for tensor in program.parameters().values() if tensor.is_floating_point()]
+    return _compare(name, program(*args, **kwargs), reloaded(*args, **kwargs), (kinds or [torch.float32])[0])
+
+
+def _compare(name: str, expected: Any, got: Any, dtype: torch.dtype) -> float:
+    """The largest difference of the outputs; `LawError` when it is more than rounding."""
     pairs = list(zip(_tensors(expected), _tensors(got), strict=True))
     error = max((float((e.double() - g.double()).abs().max()) for e, g in pairs if e.numel()), default=0.0)
     largest = max((float(e.double().abs().max()) for e, _ in pairs if e.numel()), default=0.0)
-    if not error <= RELOAD_TOLERANCE.get(reloaded.dtype, 1e-4) * max(largest, 1e-30):
+    if not error <= RELOAD_TOLERANCE.get(dtype, 1e-4) * max(largest, 1e-30):
         raise LawError(
             f"{name} reloaded from what would be written does not compute what the program computes",
-            evidence=[f"largest difference {error:.3g}, largest output {largest:.3g}, type {reloaded.dtype}"],
+            evidence=[f"largest difference {error:.3g}, largest output {largest:.3g}, type {dtype}"],
             fix="A pass changed the computation, not only weights: export it with `--to torch` or `--to onnx`.",
         )
     return error

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewriter.errors import RewriteError, closest
 from rewriter.program import Program
+from rewriter.view import Linear4bit
 
 METADATA = "huggingface"
 
@@ -32,8 +33,13 @@ def model_class(name: str, where: str) -> type[PreTrainedModel]:
     )
 
 
-def filled_model(program: Program, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The architecture's own model with the tensors of the program, without a copy of any."""
+def filled_model(
+    program: Program, dtype: torch.dtype | None, four: Mapping[str, Linear4bit] | None = None
+) -> PreTrainedModel:
+    """The architecture's own model with the tensors of the program, without a copy of any.
+
+    The weights named in `four`, which the program holds in 4 bits, are stand-ins that take no memory.
+    """
     record = program.metadata.get(METADATA)
     if record is None:
         raise RewriteError("the program was not traced from a transformers model", fix="Export it with `--to torch`.")
@@ -47,8 +53,8 @@ def filled_model(program: Program, dtype: torch.dtype | None) -> PreTrainedModel
         config.tie_word_embeddings = True  # so that the model tells which names may be tied
     with torch.device("meta"), quiet():
         model: PreTrainedModel = kind(config)
-    _refuse_foreign(program, model)
-    tensors = dict(program.exported.state_dict)
+    tensors = _plain(program, model, four or {})
+    _refuse_foreign(program, tensors, model)
     if had_tied is not None:
         pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
         if had_tied:
@@ -76,9 +82,20 @@ def config_class(kind: type[PreTrainedModel]) -> type[PreTrainedConfig]:
     return kind.config_class
 
 
-def _refuse_foreign(program: Program, model: PreTrainedModel) -> None:
+def _plain(program: Program, model: PreTrainedModel, four: Mapping[str, Linear4bit]) -> dict[str, torch.Tensor]:
+    """The tensors of the program, with a stand-in for every weight that it holds in 4 bits."""
+    codes = {name for site in four.values() for name in site.tensors}
+    tensors = {name: tensor for name, tensor in program.exported.state_dict.items() if name not in codes}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, site in four.items():
+        shape = shapes.get(name, torch.Size([site.out_features, site.in_features]))
+        tensors[name] = torch.zeros((), dtype=site.calls[0].meta["val"].dtype).expand(shape)
+    return tensors
+
+
+def _refuse_foreign(program: Program, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:
     known = set(model.state_dict())
-    foreign = [name for name in program.exported.state_dict if name not in known]
+    foreign = [name for name in tensors if name not in known]
     if foreign:
         steps = {step.name for step in program.steps if set(step.added) & set(foreign)}
         by = f" (added by {', '.join(sorted(steps))})" if steps else ""
