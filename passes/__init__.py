@@ -5,10 +5,12 @@ from passes.adapter import Adapter as Adapter
 from passes.adapterhub import AdapterHubAdapter as AdapterHubAdapter
 from passes.bake import Bake as Bake
 from passes.compose import Compose as Compose
+from passes.dequantise import Dequantise as Dequantise
 from passes.diff_pruning import Binarise as Binarise
 from passes.ia3 import Ia3 as Ia3
 from passes.intrinsic import Intrinsic as Intrinsic
 from passes.layer_norm_tuning import LayerNormTuning as LayerNormTuning
+from passes.loftq import Loftq as Loftq
 from passes.loha import Loha as Loha
 from passes.lokr import Lokr as Lokr
 from passes.lora import Lora as Lora
@@ -30,9 +32,11 @@ __all__ = [
     "Bake",
     "Binarise",
     "Compose",
+    "Dequantise",
     "Ia3",
     "Intrinsic",
     "LayerNormTuning",
+    "Loftq",
     "Loha",
     "Lokr",
     "Lora",

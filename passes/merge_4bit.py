@@ -69,7 +69,8 @@ def fold_4bit(edit: Edit, site: Fold, weight: Tensor, *, requantise: bool, lossy
         value = weight.to(site.base.meta["val"].dtype)
         error = _relative(value.to(weight.dtype) - weight, update)
         _release(edit, site, value)
-    return {"update": _relative(update, weight - update), "error_of_update": error}
+    bits = after.bits_per_weight if requantise else 8.0 * value.element_size()
+    return {"update": _relative(update, weight - update), "error_of_update": error, "bits_per_weight": bits}
 
 
 def _store(edit: Edit, site: Fold, quantised: Quantised) -> None:

@@ -13,7 +13,7 @@ from rewriter.formats.peft import ENDINGS, PAIRS
 from rewriter.program import Origin, Program, Step
 from rewriter.view import Embedding, Linear, Part, Site, layers, scope
 
-STEPS = ("lora", "peft", "loralib", "compose", "prune")  # the passes that put LoRAs beside layers
+STEPS = ("lora", "loftq", "peft", "loralib", "compose", "prune")  # the passes that put LoRAs beside layers
 
 
 @dataclass(slots=True)

@@ -19,6 +19,8 @@ from rewriter.view import Embedding, Linear, modules
 
 _KEYS = {kind: ending for ending, kind in peft.ENDINGS.items()}
 
+BASE = ("nf4", "dequantise")  # passes that change how the base is held, of which an adapter says nothing
+
 
 def write_adapter(
     program: Program,
@@ -60,7 +62,7 @@ def _method(program: Program, adapter: str) -> Step | None:
                 fix="Apply one first, or name one of these.",
             )
         return None
-    if any(step not in made and step.name != "bake" for step in program.steps):
+    if any(step not in made and step.name not in ("bake", *BASE) for step in program.steps):
         raise RewriteError(
             f"the program has more than the pass {made[0].name}, and a PEFT directory holds one method",
             evidence=[f"passes: {', '.join(step.name for step in program.steps)}"],
@@ -92,7 +94,7 @@ def _lora_files(
 
 
 def _steps(program: Program, adapter: str) -> list[Step]:
-    foreign = [step.name for step in program.steps if step.name not in STEPS]
+    foreign = [step.name for step in program.steps if step.name not in (*STEPS, *BASE)]
     if foreign:
         raise RewriteError(
             f"the program also has the pass {foreign[0]}, which a PEFT LoRA directory cannot hold",

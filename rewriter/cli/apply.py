@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="MODEL")
 @click.option("--pass", metavar="NAME", expose_value=False, help="Apply this pass. Its options follow it.")
 @click.option("--adapter", metavar="DIR", expose_value=False, help="Apply an adapter directory of PEFT or AdapterHub.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Apply the passes of a recipe file.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Apply the passes of a recipe file, or of a recipe that comes along: qlora.",
+)
 @output("beside the input, named after the passes")
 @overwriting
 @click.option("--dry-run", "dry", is_flag=True, help="Show where the passes apply and what they add; write nothing.")
@@ -47,10 +51,12 @@ def command(
     rewriter apply --pass lora --targets q_proj,v_proj --rank 8 model.pt
     rewriter apply --pass lora --rank 4 --pass merge model.pt -o merged.pt
     rewriter apply --adapter DIR model.pt
+    rewriter apply --recipe qlora MODEL       4-bit weights and a LoRA beside every linear layer
     rewriter apply --pass lora --help         the options of a pass
     """
     passes = chosen_passes(ctx)
     if recipe is not None:
+        recipe = _shipped(recipe)
         passes = _read(recipe, bool(passes))
     if not passes:
         raise UsageError("no pass given", fix="Add --pass NAME, --adapter DIR or --recipe FILE; see `rewriter passes`.")
@@ -61,6 +67,22 @@ def command(
     inputs = existing(source, recipe, *read)
     path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite, inputs)
     run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json)
+
+
+def _shipped(path: Path) -> Path:
+    """The file of a recipe that comes along, where a bare name means no file; everything else as it is."""
+    import passes
+
+    if path.exists() or path.name != str(path) or path.suffix:
+        return path
+    known = {file.stem: file for file in sorted((Path(passes.__file__).parent / "recipes").glob("*.yaml"))}
+    if path.name not in known:
+        raise UsageError(
+            f"there is no recipe {path.name!r}: no file of that name, and none that comes along",
+            evidence=[f"these come along: {', '.join(known)}"],
+            fix="Name a file, or one of these.",
+        )
+    return known[path.name]
 
 
 def _read(path: Path, has_passes: bool) -> tuple[Pass, ...]:

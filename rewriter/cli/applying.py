@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,7 @@ def show(result: Result) -> None:
         right=(1, 2, 3, 4, 5, 6),
     )
     for applied in result.applied:
-        for line in _notes(applied):
-            out(line)
+        _show_notes(applied)
 
 
 def _warn_of_no_effect(applied: Applied) -> None:
@@ -106,17 +106,32 @@ def _row(applied: Applied) -> list[str]:
     ]
 
 
-def _notes(applied: Applied) -> list[str]:
-    """What a pass noted of its sites: the smallest and largest of every number."""
-    names = dict.fromkeys(name for numbers in applied.notes.values() for name in numbers)
-    lines = []
-    for name in names:
-        values = [numbers[name] for numbers in applied.notes.values() if name in numbers]
-        shown = f"{min(values):.3g} to {max(values):.3g}" if min(values) < max(values) else f"{values[0]:.3g}"
-        if any(math.isnan(value) for value in values):
-            shown = "not a number"
-        lines.append(f"{applied.pass_.name}: {name.replace('_', ' ')} {shown}")
-    return lines
+def _show_notes(applied: Applied) -> None:
+    """What a pass noted of its sites: the smallest and largest of every number; of 4-bit weights, layer by layer."""
+    name, every = applied.pass_.name, list(applied.notes.values())
+    titles = dict.fromkeys(title for numbers in every for title in numbers)
+    if "bits_per_weight" not in titles:
+        for title in titles:
+            out(f"{name}: {title.replace('_', ' ')} {_range(every, title)}")
+        return
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for path, numbers in applied.notes.items():
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).append(numbers)
+    table(
+        (name, *(title.replace("_", " ") for title in titles)),
+        [(path, *(_range(each, title) for title in titles)) for path, each in groups.items()],
+        right=range(1, len(titles) + 1),
+    )
+
+
+def _range(notes: Sequence[Mapping[str, float]], name: str) -> str:
+    values = [numbers[name] for numbers in notes if name in numbers]
+    if not values or any(math.isnan(value) for value in values):
+        return "not a number" if values else ""
+    low, high = (
+        f"{value:.4g}" if name == "bits_per_weight" else f"{value:.3g}" for value in (min(values), max(values))
+    )
+    return f"{low} to {high}" if low != high else low
 
 
 def _match(before: Program, after: Program, applied: Applied, site: Any, added: Sequence[str]) -> dict[str, Any]:
