@@ -14,7 +14,22 @@ from rewriter.program import Program, module_path
 from rewriter.view import weight_of
 
 aten = torch.ops.aten
-LOOKUPS = {aten.embedding.default: (0, 1), aten.index.Tensor: (0, 1), aten.index_select.default: (0, 2)}
+LOOKUPS = {
+    aten.embedding.default: (0, 1),
+    aten.index.Tensor: (0, 1),
+    aten.index_select.default: (0, 2),
+    aten.gather.default: (0, 2),
+}
+# What a table goes through on its way to a lookup: the rows stay the rows.
+WHOLE = {
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.repeat.default,
+    aten.expand.default,
+    aten.to.device,
+    aten.to.dtype,
+}
 WAVES = {aten.cos.default, aten.sin.default, aten.polar.default}
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 COUNTS = {*ARANGES, aten.cumsum.default}
@@ -111,7 +126,7 @@ def _at(program: Program, node: Node) -> Iterator[Positions]:
 
 def _table(program: Program, node: object) -> str | None:
     """The tensor of floating-point rows behind a value, through whole slices and views."""
-    while isinstance(node, Node) and node.target in {aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim}:
+    while isinstance(node, Node) and node.target in WHOLE:
         node = node.args[0]
     held = weight_of(program, node)
     tensor = program.tensor(held[0]) if held else None

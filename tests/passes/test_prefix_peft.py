@@ -146,6 +146,39 @@ def gemma3() -> Example:
     return _decoder(Gemma3ForCausalLM(config), 31, length=11)
 
 
+def gptj() -> Example:
+    """Rotations are gathered from a repeated table, not read by rows."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(
+        vocab_size=31, n_positions=64, n_embd=24, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2
+    )
+    return _decoder(GPTJForCausalLM(config), 31, length=11)
+
+
+def bart() -> Example:
+    """A prefix of the decoder leaves the encoder's learned positions alone."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    _, args, kwargs = TINY["t5"]()
+    config = BartConfig(
+        vocab_size=37,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=36,
+        decoder_ffn_dim=44,
+        max_position_embeddings=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    return randomise(BartForConditionalGeneration(config)), args, kwargs
+
+
 def roberta() -> Example:
     """Positions are counted from the tokens that are no padding, behind the row of the padding."""
     from transformers import RobertaConfig, RobertaModel
@@ -172,7 +205,15 @@ def eager() -> Example:
     return _decoder(model, 31)
 
 
-@pytest.mark.parametrize(("build", "task"), [(roberta, "FEATURE_EXTRACTION"), (eager, "CAUSAL_LM")])
+@pytest.mark.parametrize(
+    ("build", "task"),
+    [
+        (roberta, "FEATURE_EXTRACTION"),
+        (eager, "CAUSAL_LM"),
+        (gptj, "CAUSAL_LM"),
+        (bart, "SEQ_2_SEQ_LM"),
+    ],
+)
 def test_equals_peft_on_models_written_otherwise(build: Callable[[], Example], task: str) -> None:
     compare(build(), task, trace(*build()), Prefix(virtual_tokens=VIRTUAL))
 
