@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from rewriter.program import Program, module_path
-from rewriter.view import NO_CHANGE, Embedding, Experts, Linear, Part, Site, layers, top
+from rewriter.view import BITS4, NO_CHANGE, Embedding, Experts, Linear, Part, Site, layers, top
 
 aten = torch.ops.aten
 ELEMENTWISE = {
@@ -305,6 +305,8 @@ def _weighs(program: Program, inside: frozenset[Node]) -> bool:
 
 
 def _has_weight(program: Program, node: Node) -> bool:
+    if node.target in BITS4:
+        return True
     return any(program.parameter_name(a) is not None and a.meta["val"].ndim >= 2 for a in node.all_input_nodes)
 
 

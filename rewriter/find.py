@@ -80,7 +80,7 @@ def select(
             raise _unmatched(program, target, hits, kinds, found)
         for site in hits:
             if not _is_of(site, kinds):
-                missed.append(Miss(site.path, f"{site.kind} is not supported by this pass"))
+                missed.append(Miss(site.path, f"{_noun(site)} is not supported by this pass"))
             elif site.path in excluded:
                 missed.append(Miss(site.path, "excluded"))
             elif not _layer_wanted(site.path, layers_to_transform, layers_pattern):
@@ -233,10 +233,11 @@ def _unmatched(
 ) -> UsageError:
     wanted = ", ".join(kind.__name__ for kind in kinds)
     if hits:
+        bits4 = isinstance(hits[0], Linear4bit)
         return UsageError(
-            f"target {target!r} matches {hits[0].path}, which is {_article(hits[0].kind)}",
+            f"target {target!r} matches {hits[0].path}, which is {_article(_noun(hits[0]))}",
             evidence=[f"this pass works on: {wanted}"],
-            fix="Name another layer, or use a pass that supports this one.",
+            fix=f"Name another layer, or {'apply dequantise first' if bits4 else 'use a pass that supports this one'}.",
         )
     known = modules(program)
     layer = next((path for path in found if path.endswith("." + target)), None)
@@ -261,6 +262,10 @@ def _unmatched(
         evidence=[f"closest: {', '.join(tails)}"] if tails else ["the program has no layer at all"],
         fix="Every target must match. Correct the name; `rewriter inspect MODEL` lists the layers.",
     )
+
+
+def _noun(site: Layer) -> str:
+    return "linear layer held in 4 bits" if isinstance(site, Linear4bit) else site.kind
 
 
 def _article(noun: str) -> str:
