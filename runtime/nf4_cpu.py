@@ -1,8 +1,9 @@
-"""Quantising to 4 bits quickly on the CPU: counting thresholds over pieces of the weight that stay in the cache.
+"""4-bit weights quickly on the CPU: counting thresholds over pieces of the weight that stay in the cache.
 
 The code of a value is the number of thresholds below it. Fifteen comparisons of a whole piece, each a vector
-instruction over 16 values, are many times faster than a binary search per value. These functions run outside the
-interpreter's lock, so that as many stretches of the weight are worked on at a time as torch has threads.
+instruction over 16 values, are many times faster than a binary search per value. NumPy's functions run them outside the
+interpreter's lock, in as many threads as torch has. Pieces are so large because a thread that waits for the lock
+between two calls sleeps longer than a short call takes.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from torch import Tensor
 
 from runtime.nf4_tables import thresholds
 
-PIECE = 7 << 12  # values compared at a time; from 32,768 on, torch would start threads inside ours
-STRETCH = 8 * PIECE  # weights one thread takes at a time
+PIECE = 48 << 12  # values compared at a time; a multiple of every block size, as the next two are
+SMALL = 7 << 12  # values for torch at a time: from 32,768 on, it would start threads inside ours
+STRETCH = 8 * SMALL  # weights that one thread takes at a time when it works in small pieces
 Array = NDArray[Any]
 
 
 class Coder:
     """Finds the codes of scaled values; keeps its buffer, so each thread has its own."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, size: int) -> None:
         bounds, order = thresholds(kind)
         self._bounds = np.array(bounds, dtype=np.float32)[:, None]
         self._first = np.uint8(order[0])
         self._steps = np.diff(np.array(order, dtype=np.uint8))[:, None]  # what a code grows by at each threshold
         self._counts = bool((self._steps == 1).all())  # the code itself counts thresholds
-        self._room = np.empty((len(bounds), PIECE), dtype=np.bool_)
+        self._room = np.empty((len(bounds), size), dtype=np.bool_)
 
     def find(self, scaled: Array, codes: Array) -> None:
-        """Write the codes of at most PIECE fp32 values into `codes` (uint8), both flat."""
+        """Write the codes of at most `size` fp32 values into `codes` (uint8), both flat."""
         above = self._room[:, : scaled.size]
         np.greater(scaled, self._bounds, out=above)
         grown = above.view(np.uint8)
@@ -46,7 +48,7 @@ class Coder:
             np.add(codes, self._first, out=codes)
 
     def of(self, scaled: Tensor) -> Tensor:
-        """The codes of at most PIECE fp32 values, in their shape."""
+        """The codes of at most `size` fp32 values, in their shape."""
         codes = torch.empty(scaled.shape, dtype=torch.uint8)
         self.find(scaled.reshape(-1).numpy(), codes.view(-1).numpy())
         return codes
@@ -62,30 +64,41 @@ def join(codes: Array, packed: Array) -> None:
 
 def quantise(flat: Tensor, block_size: int, kind: str, packed: Tensor, absmax: Tensor) -> None:
     """Quantise whole blocks into `packed` and `absmax`."""
-    bytes_, largest = packed.numpy(), absmax.numpy()
-    rows = PIECE // block_size
+    rows = flat.view(-1, block_size)
+    absmax.copy_(torch.maximum(rows.amax(dim=-1), rows.amin(dim=-1).neg_()).abs_())  # abs: no scale of -0
+    factors = absmax.clamp(min=1e-38).reciprocal_()[:, None].numpy()
+    values, size, together = _array(rows), min(PIECE, flat.numel()), packed.numpy()
 
     def work(starts: Iterator[int]) -> None:
-        coder, codes = Coder(kind), np.empty(STRETCH, dtype=np.uint8)
-        scaled, factors = torch.empty(rows, block_size), torch.empty(rows, 1)
-        scaled_array, factors_array = scaled.view(-1).numpy(), factors.view(-1).numpy()
+        coder, codes = Coder(kind, size), np.empty(size, dtype=np.uint8)
+        scaled = np.empty((size // block_size, block_size), dtype=np.float32)
         for start in starts:
-            stretch = flat[start : start + STRETCH].view(-1, block_size)
-            count, block = stretch.numel(), start // block_size
-            pieces = zip(stretch.split(rows), absmax[block : block + len(stretch)].split(rows), strict=True)
-            for index, (piece, most) in enumerate(pieces):
-                size, height = piece.numel(), len(piece)
-                values = piece if piece.dtype == torch.float32 else piece.float()
-                whole = scaled if height == rows else scaled[:height]
-                torch.amax(torch.abs(values, out=whole), dim=-1, out=most)
-                inverse = factors_array[:height]
-                np.maximum(largest[block + index * rows :][:height], np.float32(1e-38), out=inverse)
-                np.reciprocal(inverse, out=inverse)
-                torch.mul(values, factors[:height], out=whole)
-                coder.find(scaled_array[:size], codes[index * PIECE :][:size])
-            join(codes[:count], bytes_[start // 2 :][: count // 2])
+            blocks = slice(start // block_size, (start + size) // block_size)
+            target = scaled[: len(factors[blocks])]
+            with np.errstate(invalid="ignore"):  # infinities are the caller's to refuse
+                np.multiply(_floats(values[blocks], target), factors[blocks], out=target)
+            coder.find(target.reshape(-1), codes[: target.size])
+            join(codes[: target.size], together[start // 2 :][: target.size // 2])
 
-    share(work, range(0, flat.numel(), STRETCH))
+    share(work, range(0, flat.numel(), PIECE))
+
+
+def _array(tensor: Tensor) -> Array:
+    """As NumPy sees it: NumPy has no bf16, so that its bits stand for it."""
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _floats(values: Array, room: Array) -> Array:
+    """fp32 values, in `room` where they have to be converted."""
+    if values.dtype == np.float32:
+        return values
+    if values.dtype == np.uint16:  # bf16 is the upper half of fp32
+        bits = room.view(np.uint32)
+        np.copyto(bits, values)
+        np.left_shift(bits, np.uint32(16), out=bits)
+    else:
+        np.copyto(room, values)
+    return room
 
 
 def dequantise(packed: Tensor, absmax: Tensor, block_size: int, pairs: Tensor, flat: Tensor) -> None:
@@ -93,10 +106,10 @@ def dequantise(packed: Tensor, absmax: Tensor, block_size: int, pairs: Tensor, f
     full = flat.numel() - flat.numel() % block_size
 
     def work(starts: Iterator[int]) -> None:
-        room, places = torch.empty(PIECE // 2, dtype=torch.int64), torch.empty(PIECE // 2, dtype=torch.int32)
+        room, places = torch.empty(SMALL // 2, dtype=torch.int64), torch.empty(SMALL // 2, dtype=torch.int32)
         for start in starts:
-            for first in range(start, min(start + STRETCH, full), PIECE):
-                last = min(first + PIECE, full)
+            for first in range(start, min(start + STRETCH, full), SMALL):
+                last = min(first + SMALL, full)
                 place = places[: (last - first) // 2].copy_(packed[first // 2 : last // 2])
                 found = torch.index_select(pairs, 0, place, out=room[: len(place)]).view(torch.float32)
                 rows, scales = found.view(-1, block_size), absmax[first // block_size : last // block_size, None]

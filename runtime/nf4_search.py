@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from runtime.nf4_cpu import PIECE, STRETCH, Coder, share
+from runtime.nf4_cpu import SMALL, STRETCH, Coder, share
 from runtime.nf4_tables import levels, nearest
 
 _FACTORS = tuple(percent / 100 for percent in range(76, 137, 4))
@@ -50,10 +50,10 @@ def codes(flat: Tensor, scale: Tensor, block_size: int, kind: str) -> Tensor:
 def _each(flat: Tensor, block_size: int, kind: str, do: Callable[[Tensor, int, _Find], None]) -> None:
     """Call `do` with fp32 blocks [rows, block_size], the first one's number, and what finds codes of scaled blocks."""
     on_cpu = flat.device.type == "cpu"
-    stretch, piece = (STRETCH, PIECE) if on_cpu else (_AT_ONCE, _AT_ONCE)
+    stretch, piece = (STRETCH, SMALL) if on_cpu else (_AT_ONCE, _AT_ONCE)
 
     def work(starts: Iterator[int]) -> None:
-        find = Coder(kind).of if on_cpu else lambda scaled: nearest(scaled, kind)
+        find = Coder(kind, piece).of if on_cpu else lambda scaled: nearest(scaled, kind)
         step = piece // block_size
         for start in starts:
             values = flat[start : start + stretch].float()

@@ -25,8 +25,8 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # by code: two exponent bits, then one of mantissa
-FP4 = tuple((torch.tensor((*_FP4_TWELFTHS, *(-level for level in _FP4_TWELFTHS)), device="cpu") / 12).tolist())
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # by code; both zeros are +0
+FP4 = tuple((torch.tensor((*_FP4_TWELFTHS, *(0.0 - level for level in _FP4_TWELFTHS)), device="cpu") / 12).tolist())
 LEVELS = {"nf4": NF4, "fp4": FP4}
 KINDS = tuple(LEVELS)
 NESTED_BLOCK = 256  # scales per second-level scale
