@@ -128,7 +128,11 @@ class Prefix:
                 missed.append(Miss(place.path, "not among the layers"))
         beyond = [layer for layer in self.layers if layer > max(counted.values())]
         if beyond:
-            raise UsageError(f"layer {beyond[0]} of {max(counted.values()) + 1}", fix="Layers count from 0.")
+            last = max(counted.values())
+            raise UsageError(
+                f"layers names {beyond[0]}, the attentions of the model are numbered 0 to {last}",
+                fix="Name layers of this range, or leave `layers` out for all.",
+            )
         return chosen, missed
 
     def _shifted(self, program: Program, every: Sequence[Place], own: Sequence[Place]) -> list[Shifted]:

@@ -388,7 +388,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         ("opt", Prefix(virtual_tokens=43), "row 2 is that of the first token"),
         ("bert", Prefix(virtual_tokens=43), "do not fit"),
         ("gpt2", Prefix(attention=("cross",)), "no attention of the kind cross"),
-        ("gpt2", Prefix(layers=(0, 2)), "layer 2 of 2"),
+        ("gpt2", Prefix(layers=(0, 2)), "layers names 2, the attentions of the model are numbered 0 to 1"),
         ("vit", Prefix(positions="shift"), "no positions that could be shifted"),
         ("t5", Prefix(positions="shift"), "no positions that could be shifted"),
     ],
