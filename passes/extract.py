@@ -143,6 +143,12 @@ def _matched(base: Program, tuned: Program | Mapping[str, Tensor]) -> dict[str, 
         for name in needed
         if name in given and needed[name].shape != given[name].shape
     ]
+    held = [name for name in missing if f"{name}_packed" in given]
+    if held:
+        raise RewriteError(
+            f"{held[0]} of the tuned program is held in 4 bits, which has no difference to the base's to extract",
+            fix="Apply dequantise to it first.",
+        )
     lines = [*(f"only in the base: {n}" for n in missing), *(f"only in the tuned: {n}" for n in extra), *wrong]
     if lines:
         raise RewriteError(

@@ -14,8 +14,8 @@ from torch import Tensor
 from passes import fish_mask
 from passes.diff_pruning import STRETCH, TEMPERATURE, Gates, add_gated, add_penalty, check_adapter, check_density
 from passes.saved_modules import untie
-from passes.select_parameters import biases, head, last_blocks
-from passes.sparse import add_sparse, aliases, matching, own_parameters
+from passes.select_parameters import biases, head, last_blocks, stacks
+from passes.sparse import add_sparse, aliases, held_in_4bits, matching, own_parameters
 from rewriter.edit import Edit
 from rewriter.errors import UsageError
 from rewriter.find import Miss, Sites
@@ -110,8 +110,15 @@ class Select:
             return Sites(tuple(Chosen(name, indices=indices) for name, indices in places.items()))
         if self.method == "diff_pruning":
             gates = Gates(self.log_alpha, self.temperature, self.stretch, self.structured, self.adapter)
+            held = _held(program, self.paths or ("*",))
+            if held and not self.paths:
+                raise UsageError(
+                    f"diff_pruning changes every parameter, but {len(held)} weights are held in 4 bits",
+                    evidence=[miss.path for miss in held[:3]],
+                    fix="Name the others with paths, or apply dequantise first.",
+                )
             names = matching(program, self.paths) if self.paths else own_parameters(program)
-            return Sites(tuple(Chosen(name, gates=gates) for name in names))
+            return Sites(tuple(Chosen(name, gates=gates) for name in names), held)
         return self._whole(program)
 
     def _whole(self, program: Program) -> Sites[Chosen]:
@@ -121,8 +128,10 @@ class Select:
             names, missed = biases(program)
         elif self.method == "last":
             names = last_blocks(program, self.last, self.blocks)
+            ends = [block for blocks in stacks(program, self.blocks).values() for block in blocks[-self.last :]]
+            missed = _held(program, tuple(f"{block}.*" for block in ends))
         else:
-            names = matching(program, self.paths)
+            names, missed = matching(program, self.paths), _held(program, self.paths)
         usable = set(own_parameters(program))
         own = {name: next((n for n in aliases(program, name) if n in usable), None) for name in names}
         found = {name: Chosen(name) for name in own.values() if name is not None}
@@ -151,6 +160,10 @@ class Select:
     def finish(self, edit: Edit) -> None:
         if self.method == "diff_pruning":
             add_penalty(edit, self.adapter)
+
+
+def _held(program: Program, globs: tuple[str, ...]) -> tuple[Miss, ...]:
+    return tuple(Miss(name, "it is held in 4 bits") for name in held_in_4bits(program, globs))
 
 
 def _check_options(select: Select) -> None:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from rewriter.edit import Edit
 from rewriter.errors import UsageError, closest
 from rewriter.program import Program
-from rewriter.view import scope, top
+from rewriter.view import Linear4bit, layers, scope, top
 
 aten = torch.ops.aten
 
@@ -34,6 +34,12 @@ def own_parameters(program: Program) -> tuple[str, ...]:
     return tuple(found.values())
 
 
+def held_in_4bits(program: Program, globs: tuple[str, ...]) -> tuple[str, ...]:
+    """The weights, under the names they had before, that are held in 4 bits and match a glob."""
+    names = [s.weight.removesuffix("_packed") for s in layers(program).values() if isinstance(s, Linear4bit)]
+    return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
+
+
 def matching(program: Program, globs: tuple[str, ...]) -> tuple[str, ...]:
     """The parameters of the model, tied ones once, that any of the globs matches by any of their names.
 
@@ -42,6 +48,11 @@ def matching(program: Program, globs: tuple[str, ...]) -> tuple[str, ...]:
     names = {name: aliases(program, name) for name in own_parameters(program)}
     for glob in globs:
         if not any(fnmatchcase(alias, glob) for group in names.values() for alias in group):
+            if held := held_in_4bits(program, (glob,)):
+                raise UsageError(
+                    f"path {glob!r} matches weights held in 4 bits, which cannot train: {', '.join(held[:3])}",
+                    fix="Train an adapter beside them, or apply dequantise first.",
+                )
             raise UsageError(
                 f"path {glob!r} matches no parameter that the model reads",
                 evidence=[f"closest: {', '.join(closest(glob, list(names)) or list(names)[:5])}"],

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 
 from rewriter.errors import RewriteError
 from rewriter.mutation import written
+from rewriter.view import Linear4bit, layers
 
 if TYPE_CHECKING:
     from rewriter.program import Program
@@ -119,7 +120,8 @@ def change_dtype(program: Program, dtype: torch.dtype) -> torch.dtype:
     """Turn the floating-point type a clone was traced in into another one, in tensors and operations; returns the old.
 
     A model traced in fp32 has lost which of its casts to fp32 were meant to stay; they all follow. Load the model in
-    the target type before tracing to keep, for example, fp32 normalisation inside a bf16 model.
+    the target type before tracing to keep, for example, fp32 normalisation inside a bf16 model. The scales of weights
+    held in 4 bits stay as they are: their format stores them in fp32.
     """
     floats = [t.dtype for t in program.parameters().values() if t.is_floating_point()]
     if not floats:
@@ -134,10 +136,11 @@ def change_dtype(program: Program, dtype: torch.dtype) -> torch.dtype:
             if node.op == "call_function":
                 node.args = torch.fx.node.map_aggregate(node.args, convert)
                 node.kwargs = torch.fx.node.map_aggregate(node.kwargs, convert)
+    scales = {name for site in layers(program).values() if isinstance(site, Linear4bit) for name in site.tensors}
     converted: dict[int, torch.Tensor] = {}
     for home in (program.exported.state_dict, program.exported.constants):
         for name, tensor in list(home.items()):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype is source:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype is source and name not in scales:
                 value = converted.setdefault(id(tensor), tensor.detach().to(dtype))
                 if isinstance(tensor, torch.nn.Parameter) and not isinstance(value, torch.nn.Parameter):
                     value = converted[id(tensor)] = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)

@@ -111,12 +111,17 @@ def _device(name: torch.device | str | None) -> torch.device | None:
 def _retype(clone: Program, dtype: torch.dtype) -> torch.dtype:
     """Change the type of a clone, of its example inputs and of what is known of its values; returns the old type."""
     source = change_dtype(clone, dtype)
-    known = [node.meta["val"] for node in clone.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in clone.graph.nodes if node.op == "placeholder"]
+    known = [node.meta["val"] for node in inputs]
+    stays = {name for name, tensor in clone.tensors.items() if tensor.dtype is source}  # scales of 4-bit weights
     mode = detect_fake_mode(known)
     exported = clone.exported
     if mode is not None:
         with mode:
-            turned = [_moved(value, None, source, dtype) for value in known]
+            turned = [
+                value if clone.parameter_name(node) in stays else _moved(value, None, source, dtype)
+                for node, value in zip(inputs, known, strict=True)
+            ]
         FakeTensorProp(exported.graph_module, mode).propagate_dont_convert_inputs(*turned)
     exported.example_inputs = pytree.tree_map(lambda leaf: _moved(leaf, None, source, dtype), exported.example_inputs)
     return source
