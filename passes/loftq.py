@@ -40,8 +40,8 @@ class Loftq:
 
     targets: Targets = "all-linear"
     skip: Targets = ()
-    rank: int = 16
-    alpha: float = 16
+    rank: int = 8
+    alpha: float = 8
     dropout: float = 0.0
     iterations: int = 1
     kind: Literal["nf4", "fp4"] = "nf4"
