@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from passes.merge_4bit import POLICIES, Policy, fold_4bit, is_4bit
-from passes.merge_refusal import nothing, stuck
+from passes.merge_refusal import nothing, nothing_but_4bit, stuck
 from passes.stand_in import StandIn, settle, stand_ins
+from passes.weight_update import check_flag
 from rewriter.constants import Constants
 from rewriter.edit import Edit
 from rewriter.errors import LawError, RewriteError, UsageError
@@ -61,6 +62,7 @@ class Merge:
     def __post_init__(self) -> None:
         if self.nf4 not in POLICIES:
             raise UsageError(f"nf4 is {self.nf4!r}", fix=f"One of {', '.join(POLICIES)}.")
+        check_flag("lossy", self.lossy)
         if self.precision not in PRECISION:
             raise UsageError(f"precision is {self.precision!r}", fix="One of fp32, fp64.")
 
@@ -79,8 +81,8 @@ class Merge:
         constants = Constants(program, precision)
         kept = self._kept(program)
         found, broken = folds(program, constants)
-        if self.nf4 == "keep":
-            kept |= frozenset().union(*(fold.reads for fold in found if is_4bit(fold)))
+        beside_4bit = [fold for fold in found if self.nf4 == "keep" and is_4bit(fold)]
+        kept = kept.union(*(fold.reads for fold in beside_4bit))
         found = [fold for fold in found if kept.isdisjoint(fold.reads)]
         missed = [Miss(path, f"%{error.node.name}: {error.reason}") for path, error in broken]
         stands = stand_ins(program, constants)
@@ -94,14 +96,15 @@ class Merge:
         if rest:
             raise stuck(program, rest, kept, [*(fold.reads for fold in found), held], self.keep)
         if not found and not settled:
-            raise nothing(program, kept, missed)
+            raise nothing(program, kept, missed) if self.keep or not beside_4bit else nothing_but_4bit(beside_4bit)
         for fold in found:
             others = _other_readers(program, fold)
-            if others and not self.untie:
+            stays = self.nf4 == "requantise" and is_4bit(fold)  # its new codes would replace those the others read
+            if others and (stays or not self.untie):
                 raise RewriteError(
                     f"{fold.path} cannot be merged: its weight {fold.weight} is also read elsewhere",
                     evidence=[f"read by %{node.name}" for node in others[:6]],
-                    fix="Give the merged layer a weight of its own with --untie.",
+                    fix=f"Give the merged layer its own weight with {'--nf4 dequantise ' if stays else ''}--untie.",
                 )
         return Sites((*settled.values(), *found), tuple(missed))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter.edit import Edit
-from rewriter.errors import LawError
+from rewriter.errors import LawError, RewriteError
 from rewriter.quantised import assemble
 from rewriter.region import Fold
 from rewriter.view import BITS4, weight_of
@@ -48,12 +48,7 @@ def fold_4bit(edit: Edit, site: Fold, weight: Tensor, *, requantise: bool, lossy
     before = base_weight(site)
     update = weight - dequantize(before, weight.dtype)
     if requantise:
-        after = quantize(
-            weight.float().contiguous(),
-            block_size=before.block_size,
-            kind=before.kind,
-            double_quantise=before.nested is not None,
-        )
+        after = _requantised(site, weight, before) if update.any() else before
         error = _relative(dequantize(after, torch.float32) - weight, update)
         if error > LARGEST_LOSS and not lossy:
             raise LawError(
@@ -73,13 +68,31 @@ def fold_4bit(edit: Edit, site: Fold, weight: Tensor, *, requantise: bool, lossy
     return {"update": _relative(update, weight - update), "error_of_update": error, "bits_per_weight": bits}
 
 
+def _requantised(site: Fold, weight: Tensor, before: Quantised) -> Quantised:
+    try:
+        return quantize(
+            weight.float().contiguous(),
+            block_size=before.block_size,
+            kind=before.kind,
+            double_quantise=before.nested is not None,
+        )
+    except ValueError as error:
+        raise RewriteError(
+            f"{site.path} cannot be held in 4 bits again: {error}", fix="Repair it, or merge with --nf4 dequantise."
+        ) from None
+
+
 def _store(edit: Edit, site: Fold, quantised: Quantised) -> None:
     nested = quantised.nested
     values = [quantised.packed, quantised.absmax, *([nested.absmax, nested.offset] if nested else [])]
     for operand, value in zip(site.base.args[1:], values, strict=False):
         held = weight_of(edit.program, operand)
         assert held is not None
-        edit.set_value(held[0], value.to(edit.program.tensor(held[0]).dtype))
+        if held[0] in edit.originals and not torch.equal(edit.program.tensor(held[0]), value):
+            raise RewriteError(
+                f"{site.path} is applied twice, with updates that differ", fix="Merge with --nf4 dequantise."
+            )
+        edit.set_value(held[0], value)
 
 
 def _release(edit: Edit, site: Fold, value: Tensor) -> None:

@@ -10,6 +10,7 @@ from passes.diff_pruning import KINDS
 from rewriter.errors import RewriteError
 from rewriter.find import Miss
 from rewriter.program import Origin, Program, Step, module_path
+from rewriter.region import Fold
 from rewriter.text import line
 
 Left = tuple[str, Node, str]  # a parameter that no region folds, the operation that breaks the proof, and why
@@ -89,6 +90,15 @@ def nothing(program: Program, kept: Iterable[str], missed: Sequence[Miss]) -> Re
         "nothing to merge",
         evidence=[*evidence, *capped([f"{miss.path}: {miss.reason}" for miss in missed])],
         fix="A merge needs an update beside a base weight; `rewriter inspect MODEL` lists the steps.",
+    )
+
+
+def nothing_but_4bit(beside: Sequence[Fold]) -> RewriteError:
+    """The error for a program whose updates all lie beside 4-bit weights, when those stay as they are."""
+    return RewriteError(
+        "nothing to merge: every update lies beside a weight held in 4 bits, which `keep` leaves as it is",
+        evidence=capped([fold.path for fold in beside]),
+        fix="Merge with --nf4 dequantise or --nf4 requantise, or export the program with its branches.",
     )
 
 
