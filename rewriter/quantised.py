@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from rewriter.edit import Edit
 from rewriter.program import Program
-from rewriter.view import Layer, Linear, Linear4bit
+from rewriter.view import Layer, Linear, Linear4bit, layers
 from runtime.nf4 import Nested, Quantised, dequantize
 
 aten = torch.ops.aten
@@ -29,6 +29,22 @@ def assemble(
     """The 4-bit weight that these tensors hold: codes, scales, and the state of the scales when there are four."""
     packed, absmax, *nested = tensors
     return Quantised(packed, absmax, shape, dtype, kind, block_size, Nested(nested[0], nested[1]) if nested else None)
+
+
+def held_numbers(program: Program) -> dict[str, tuple[str, int]]:
+    """Tensor of a 4-bit weight -> its format, and how many weights it stands for: codes for all, scales for none."""
+    return {
+        name: (site.quantisation, 0 if index else site.out_features * site.in_features)
+        for site in layers(program).values()
+        if isinstance(site, Linear4bit)
+        for index, name in enumerate(site.tensors)
+    }
+
+
+def parameter_count(program: Program) -> int:
+    """How many numbers the parameters of a program hold, those in 4 bits included, tied names each."""
+    stored = sum(tensor.numel() for tensor in program.parameters().values())
+    return stored + sum(count for _, count in held_numbers(program).values())
 
 
 def compute_dtype(site: Layer) -> torch.dtype:

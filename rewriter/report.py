@@ -10,12 +10,14 @@ import torch
 
 from rewriter.difference_text import size
 from rewriter.program import Program
+from rewriter.quantised import held_numbers
 from rewriter.text import dtype_name, printable
 
 SCHEMA = 1
 MASTER_BYTES = 4  # an fp32 copy of a weight, and each of Adam's two states in fp32
 ASSUMPTIONS = (
     "weights in the type they are stored in, tied ones once; gradients and Adam states for trainable parameters only",
+    "weights held in 4 bits: as many numbers as they stand for, in the bytes of their codes and scales; they do not train",
     "plain: gradients and both Adam states in the type of the weight",
     "mixed: gradients in the type of the weight, Adam states in fp32, and an fp32 copy of weights of a smaller type",
     "without activations, which depend on batch and length, and without what the allocator and CUDA take",
@@ -101,7 +103,8 @@ def report(program: Program) -> Report:
     """Count the parameters of a program by type, module and step, and estimate the memory of training it."""
     tensors = program.tensors
     aliases = {name for group in program.tied() for name in _ordered(program, group)[1:]}
-    every = program.parameters()
+    in_4_bits = held_numbers(program)
+    every = {*program.parameters(), *in_4_bits}
     parameters = [name for name in _ordered(program, every) if name not in aliases]
     trainable = {*program.trainable}
     for group in program.tied():  # a tied tensor trains when one of its names does
@@ -112,7 +115,7 @@ def report(program: Program) -> Report:
         chosen = {name: tensors[name] for name in names}
         return Amount(
             len(chosen),
-            sum(tensor.numel() for tensor in chosen.values()),
+            sum(in_4_bits[name][1] if name in in_4_bits else tensor.numel() for name, tensor in chosen.items()),
             sum(tensor.numel() for name, tensor in chosen.items() if name in trainable),
             sum(_size_bytes(tensor) for tensor in chosen.values()),
         )
@@ -120,11 +123,12 @@ def report(program: Program) -> Report:
     def grouped(keys: dict[str, str]) -> dict[str, Amount]:
         return {key: amount(n for n, k in keys.items() if k == key) for key in dict.fromkeys(keys.values())}
 
-    everything = {name for name in parameters if tensors[name].is_floating_point()}
+    types = {name: dtype_name(tensors[name].dtype) for name in parameters}
+    everything = {name for name in parameters if tensors[name].is_floating_point() and name not in in_4_bits}
     return Report(
         amount(parameters),
         amount(name for name in _ordered(program, tensors) if name not in every),
-        grouped({name: dtype_name(tensors[name].dtype) for name in parameters}),
+        grouped({name: in_4_bits[name][0] if name in in_4_bits else types[name] for name in parameters}),
         grouped(_modules(parameters)),
         {f"{s.number} {printable(s.name)}": amount(n for n in s.added if n in tensors) for s in program.steps},
         _memory(tensors, parameters, trainable),

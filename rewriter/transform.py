@@ -14,6 +14,7 @@ from rewriter.edit import Edit
 from rewriter.errors import RewriteError, UsageError
 from rewriter.find import Miss, Sites
 from rewriter.program import Program, Step
+from rewriter.quantised import parameter_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +178,13 @@ def _apply_one(program: Program, pass_: Pass, check: bool) -> tuple[Program, App
     after = Program(clone.exported, (*steps, step), clone.metadata)
     verify.structure(after)
     change = verify.law(program, after, pass_.law, pass_.name) if check else None
-    counts = [sum(t.numel() for t in p.parameters().values()) for p in (program, after)]
     record = Applied(
         pass_,
         sites.found,
         sites.missed,
         time.perf_counter() - start,
-        counts[0],
-        counts[1],
+        parameter_count(program),
+        parameter_count(after),
         sum(after.tensor(name).numel() for name in edit.added if name in after.exported.state_dict),
         sum(after.tensor(name).numel() for name in after.trainable) if edit.trainable else 0,
         change,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from passes.lora import Lora
+from passes.nf4 import Nf4
 from rewriter.program import Program
 from rewriter.report import ASSUMPTIONS, Memory, report
 from rewriter.trace import trace
@@ -62,6 +63,20 @@ def test_a_tied_tensor_counts_once() -> None:
     tied, untied = report(traced("llama_tied")), report(traced("llama"))
     assert untied.parameters.count - tied.parameters.count == 31 * 24
     assert untied.memory["plain"].total - tied.memory["plain"].total == 16 * 31 * 24
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_in_4_bits_count_as_the_numbers_they_stand_for(double: bool) -> None:
+    base = traced("mlp")
+    applied = apply(base, Nf4(targets=("up", "down"), double_quantise=double), check=False)
+    assert applied.applied[0].parameters_before == applied.applied[0].parameters_after == MLP_COUNT
+    found, held = report(applied.program), 22 * 10 + 10 * 22
+    assert found.parameters.count == MLP_COUNT
+    assert {key: amount.count for key, amount in found.by_type.items()} == {"f32": MLP_COUNT - held, "nf4": held}
+    # Half a byte a code; four blocks of 64 in either weight, with fp32 scales or uint8 ones in one group with a mean.
+    assert found.by_type["nf4"].size_bytes == held // 2 + 2 * (4 + 4 + 4 if double else 4 * 4)
+    assert found.by_module["up"].count == report(base).by_module["up"].count
+    assert found.full["plain"].gradients == 4 * (MLP_COUNT - held)  # what is in 4 bits has no gradient
 
 
 def test_modules_are_told_apart_below_what_all_share() -> None:

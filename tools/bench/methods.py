@@ -32,6 +32,7 @@ from passes import (
     Ia3,
     Intrinsic,
     LayerNormTuning,
+    Loftq,
     Loha,
     Lokr,
     Lora,
@@ -102,6 +103,7 @@ def fish_mask(program: Program, inputs: Inputs, folder: Path) -> Pass:
 METHODS: dict[str, Method] = {
     "lora": Method(Lora(), (Merge(),)),
     "lora, DoRA": Method(Lora(dora=True), (Merge(),)),
+    "loftq": Method(Loftq(targets=Lora().targets), (Merge(),)),
     "adalora": Method(Adalora(), (Merge(),)),
     "loha": Method(Loha(), (Merge(),)),
     "lokr": Method(Lokr(), (Merge(),)),
@@ -125,7 +127,7 @@ METHODS: dict[str, Method] = {
     "intrinsic, one_hot": Method(Intrinsic(projection="one_hot"), (Merge(),)),
     "full fine-tuning": Method(Select(method="paths", paths=("*",))),
 }
-NOT_TRAINED = {"adapterhub", "bake", "binarise", "compose", "loralib", "merge", "peft", "prune"}
+NOT_TRAINED = {"adapterhub", "bake", "binarise", "compose", "dequantise", "loralib", "merge", "nf4", "peft", "prune"}
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
