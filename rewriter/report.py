@@ -17,7 +17,7 @@ SCHEMA = 1
 MASTER_BYTES = 4  # an fp32 copy of a weight, and each of Adam's two states in fp32
 ASSUMPTIONS = (
     "weights in the type they are stored in, tied ones once; gradients and Adam states for trainable parameters only",
-    "weights held in 4 bits: as many numbers as they stand for, in the bytes of their codes and scales; they do not train",
+    "weights held in 4 bits: the numbers they stand for, in the bytes of their codes and scales; they do not train",
     "plain: gradients and both Adam states in the type of the weight",
     "mixed: gradients in the type of the weight, Adam states in fp32, and an fp32 copy of weights of a smaller type",
     "without activations, which depend on batch and length, and without what the allocator and CUDA take",
