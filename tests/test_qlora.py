@@ -147,7 +147,9 @@ def test_it_merges(name: str, policy: Any) -> None:
         assert float((merged - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max()))
     else:  # each site says how much of its update the 16 levels keep
         assert {site.path for site in sites} == set(result.applied[0].notes)
-        assert all(0 < note["error_of_update"] for note in result.applied[0].notes.values())
+        notes = result.applied[0].notes
+        assert all(note["error_of_update"] > 0 for note in notes.values() if note["update"])
+        assert sum(note["update"] > 0 for note in notes.values()) >= len(sites) - 1  # MiniLM's pooler has no say
         assert 0 < _relative(merged, expected) < 0.5
 
 
