@@ -1,4 +1,4 @@
-"""QLoRA from end to end: a language model and a real sentence encoder train in 4 bits, merge, and run in ONNX Runtime."""
+"""QLoRA from end to end: a language model and a real sentence encoder train in 4 bits, merge, run in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_it_merges(name: str, policy: Any) -> None:
         notes = result.applied[0].notes
         assert all(note["error_of_update"] > 0 for note in notes.values() if note["update"])
         assert sum(note["update"] > 0 for note in notes.values()) >= len(sites) - 1  # MiniLM's pooler has no say
-        assert 0 < _relative(merged, expected) < 0.5
+        assert 0 < _relative(merged, expected) < _relative(it.output(it.bits4), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
