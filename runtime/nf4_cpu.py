@@ -131,6 +131,12 @@ def share(work: Callable[[Iterator[int]], None], starts: range) -> None:
     if workers < 2:
         work(left)
         return
+    inference = torch.is_inference_mode_enabled()  # a thread starts without it, and may not write what it made
+
+    def in_mode() -> None:
+        with torch.inference_mode(inference):
+            work(left)
+
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, left) for _ in range(workers)]:
+        for done in [pool.submit(in_mode) for _ in range(workers)]:
             done.result()

@@ -137,6 +137,23 @@ def test_large_weights_are_shared_by_threads(library, kind, dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_work_in_inference_mode(dtype, search):
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(5)).to(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = nf4.quantize(weight, search=search)
+        with torch.inference_mode():
+            found = nf4.quantize(weight * 1, search=search)
+            values = nf4.dequantize(found)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.packed, expected.packed)
+    assert torch.equal(values, nf4.dequantize(expected))
+
+
 def test_scales_around_every_threshold_of_the_8_bit_type(library):
     middle = (nf4.NESTED_CODE[:-1] + nf4.NESTED_CODE[1:]) / 2
     near = torch.cat([middle + step * 2.0**-17 for step in range(-4, 5)])
