@@ -83,7 +83,7 @@ class Difference:
         """How many operations were added, removed and changed; a moved operation counts as changed."""
         sides: dict[str, set[str]] = {"+": set(), "-": set(), " ": set()}
         for each in self.lines:
-            if each.line.node is not None and each.line.node.op == "call_function":
+            if each.line.operation:
                 sides[each.sign].add(each.line.key)
         both = sides["+"] & sides["-"]
         return {"added": len(sides["+"] - both), "removed": len(sides["-"] - both), "changed": len(both)}
@@ -183,7 +183,7 @@ def _changed_lines(old: list[Line], new: list[Line]) -> Iterator[ChangedLine]:
             continue
         end = len(old) if line is None else place[line.key]
         changes = list(_aligned(old[start:end], added))
-        if changes and context is not None and context.node is not None and context.node.op == "call_function":
+        if changes and context is not None and context.operation:
             yield ChangedLine(" ", context)
         yield from changes
         start, context, added = end + 1, line, []

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,16 +26,57 @@ from rewriter.program import LABEL, Origin, Program, module_path
 KEYWORD = {InputKind.PARAMETER: "param", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "const"}
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch writes as the path of nodes it made itself
 LARGEST = 2**63 - 1  # the end of an open slice
+MARK = "\0"  # stands in no name and no constant: they are printable
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a program's text; `key` names what it defines and is unique within the program."""
+    """One line of a text; `key` names what it defines and is unique within the text.
+
+    `template` is the line with a mark around each name of a value, so that a value can be called otherwise; `arguments`
+    is the part of it that an operation reads, with the same marks. `operation` is empty for what computes nothing:
+    tensors, inputs, outputs, inner graphs. `origin` is the pass that added the line.
+    """
 
     key: str
     path: str
-    text: str
+    template: str
+    operation: str = ""
+    arguments: str = ""
+    type: str = ""
+    origin: str = ""
     node: Node | None = None
+
+    @property
+    def text(self) -> str:
+        return self.template.replace(MARK, "")
+
+    @property
+    def reads(self) -> list[str]:
+        """The names of the values that it reads, in order."""
+        return self.arguments.split(MARK)[1::2]
+
+    def renamed(self, names: Mapping[str, str]) -> Line:
+        """The same line with other names of values, its own included."""
+        if not names:
+            return self
+        return replace(
+            self,
+            key=names.get(self.key, self.key),
+            template=_renamed(self.template, names),
+            arguments=_renamed(self.arguments, names),
+        )
+
+
+def marked(name: str) -> str:
+    """A name of a value, as it stands in a template."""
+    return f"{MARK}{name}{MARK}"
+
+
+def _renamed(template: str, names: Mapping[str, str]) -> str:
+    parts = template.split(MARK)
+    parts[1::2] = [names.get(name, name) for name in parts[1::2]]
+    return MARK.join(parts)
 
 
 def text(program: Program) -> str:
@@ -110,7 +151,8 @@ class _Writer:
         yield from self._parameters([node for node in placeholders if node.name in self.program.specs])
         for node in inputs:
             name = self.names[node]
-            yield Line(name, "", f"input {name} : {self.type(node.meta.get('val'))}", node)
+            kind = self.type(node.meta.get("val"))
+            yield Line(name, "", f"input {marked(name)} : {kind}", type=kind, node=node)
         self._name_values(self.program.graph)
         yield from self._operations(self.program.graph, self.program.exported.graph_module)
         yield from self._outputs()
@@ -125,10 +167,11 @@ class _Writer:
         for node in placeholders:
             target = str(specs[node.name].target)
             name = self.names[node] = "@" + printable(target)
-            alias = f" = @{printable(first[target])}" if target in first else ""
-            kind = KEYWORD[specs[node.name].kind]
+            alias = f" = {marked('@' + printable(first[target]))}" if target in first else ""
+            kind = self.type(node.meta.get("val"))
             path = target.rpartition(".")[0]
-            yield Line(name, path, f"{kind} {name}{alias} : {self.type(node.meta.get('val'))}", node)
+            keyword = KEYWORD[specs[node.name].kind]
+            yield Line(name, path, f"{keyword} {marked(name)}{alias} : {kind}", type=kind, node=node)
 
     def _outputs(self) -> Iterator[Line]:
         output = next(reversed(self.program.graph.nodes))
@@ -137,14 +180,16 @@ class _Writer:
         for spec, value in zip(self.program.exported.graph_signature.output_specs, values, strict=True):
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 name = printable(str(spec.target))
-                yield Line(f"update {name}", "", f"  update {name} = {self.value(value)}", output)
+                new = self.value(value)
+                yield Line(f"update {name}", "", f"  update {name} = {new}", arguments=new, node=output)
             else:
                 returned.append(self.value(value))
         names = [printable(name) for name in _leaf_names(self.program.exported.call_spec.out_spec)]
         if len(names) != len(returned):
             names = [""] * len(returned)
         named = [f"{name}={value}" if name else value for name, value in zip(names, returned, strict=True)]
-        yield Line("return", "", f"  return {', '.join(named)}".rstrip(), output)
+        arguments = ", ".join(named)
+        yield Line("return", "", f"  return {arguments}".rstrip(), arguments=arguments, node=output)
 
     # -- one graph ----------------------------------------------------------------------------------------------
 
@@ -171,16 +216,24 @@ class _Writer:
                 continue
             blocks = [argument for argument in node.all_input_nodes if argument not in self.names]
             self.names.update({block: f"&{i}" for i, block in enumerate(blocks)})
-            arguments = [self.value(argument) for argument in node.args]
-            arguments += [f"{name}={self.value(node.kwargs[name])}" for name in sorted(node.kwargs)]
-            origin = Origin.of(node)
-            added = f"  ! {printable(origin.name)}" if origin else ""
-            call = f"{_operation(node)}({', '.join(arguments)}) : {self.type(node.meta.get('val'))}"
+            yield self._call(node, indent, scope)
             name = self.names[node]
-            yield Line(scope + name, _path(node), f"{indent}{name} = {call}{added}", node)
             for block in blocks:
                 yield from self._block(block, getattr(owner, str(block.target)), indent + "  ", scope + name)
                 del self.names[block]
+
+    def _call(self, node: Node, indent: str, scope: str) -> Line:
+        values = [self.value(argument) for argument in node.args]
+        values += [f"{name}={self.value(node.kwargs[name])}" for name in sorted(node.kwargs)]
+        arguments, kind, name = ", ".join(values), self.type(node.meta.get("val")), self.names[node]
+        origin = Origin.of(node)
+        added = printable(origin.name) if origin else ""
+        call = f"{_operation(node)}({arguments}) : {kind}" + (f"  ! {added}" if added else "")
+        template = f"{indent}{marked(name)} = {call}"
+        if scope:  # inside a block, a value outside of it may have the same name
+            template, arguments = template.replace(MARK, ""), arguments.replace(MARK, "")
+        operation = _operation(node) if node.op == "call_function" else ""
+        return Line(scope + name, _path(node), template, operation, arguments, kind, added, node)
 
     def _block(self, block: Node, module: GraphModule, indent: str, scope: str) -> Iterator[Line]:
         """The graph of a higher-order operation, under the line of the operation."""
@@ -189,18 +242,18 @@ class _Writer:
         self._name_values(module.graph)
         header = ", ".join(f"{self.names[node]} : {self.type(node.meta.get('val'))}" for node in inputs)
         scope = f"{scope}{self.names[block]}"
-        yield Line(scope, _path(block), f"{indent}{self.names[block]} ({header})", block)
+        yield Line(scope, _path(block), f"{indent}{self.names[block]} ({header})", node=block)
         yield from self._operations(module.graph, module, indent + "  ", scope)
         output = next(reversed(module.graph.nodes))
-        values = ", ".join(self.value(value) for value in _flat(output.args[0]))
-        yield Line(f"{scope}return", _path(block), f"{indent}  return {values}".rstrip(), output)
+        values = ", ".join(self.value(value) for value in _flat(output.args[0])).replace(MARK, "")
+        yield Line(f"{scope}return", _path(block), f"{indent}  return {values}".rstrip(), node=output)
 
     # -- values and types ---------------------------------------------------------------------------------------
 
     def value(self, value: Any) -> str:
         """An argument as it stands in a line."""
         if isinstance(value, Node):
-            return self.names[value]
+            return marked(self.names[value])
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.value(item) for item in value)}]"
         if isinstance(value, Mapping):
@@ -217,7 +270,7 @@ class _Writer:
             return f"{dtype_name(value.dtype)}[{','.join(self.expression(size) for size in value.shape)}]"
         if isinstance(value, (list, tuple)):
             return f"({', '.join(self.type(item) for item in value)})"
-        return self.value(value)
+        return self.value(value).replace(MARK, "")
 
     def expression(self, value: Any) -> str:
         """A size: a number, or an expression in d0, d1, ..."""
