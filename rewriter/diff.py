@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,8 +14,10 @@ import torch
 
 from rewriter.difference_text import grouped, numbers
 from rewriter.errors import UsageError
+from rewriter.graph import Graph
+from rewriter.pairing import Pair, counts, pairs
 from rewriter.program import Program
-from rewriter.text import Line, lines, tensor_type
+from rewriter.text import Line, tensor_type
 
 SCHEMA = 1
 CHUNK = 1 << 22  # numbers compared at a time, so that memory stays small beside a large tensor
@@ -52,9 +55,8 @@ class Tensors:
     size_bytes: int
 
     @classmethod
-    def of(cls, program: Program, names: Sequence[str]) -> Tensors:
-        tensors = program.tensors
-        chosen = [tensors[name] for name in names]
+    def of(cls, graph: Graph, names: Sequence[str]) -> Tensors:
+        chosen = [graph.tensors[name] for name in names]
         return cls(tuple(names), sum(t.numel() for t in chosen), sum(t.numel() * t.element_size() for t in chosen))
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Difference:
     added: Tensors
     removed: Tensors
     changed: tuple[ChangedTensor, ...]
+    paired: Mapping[str, int]  # how operations were paired -> how many
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.added.names or self.removed.names or self.changed)
@@ -142,33 +145,55 @@ class Difference:
 SHOWN = 12  # changed tensors that the text lists; the JSON has all
 
 
-def diff(before: Program, after: Program) -> Difference:
-    """Compare two programs line by line, by the names of values, and tensor by tensor, by bits.
+def diff(before: Program | Graph, after: Program | Graph) -> Difference:
+    """Compare two programs line by line and tensor by tensor, by bits.
 
-    Raises `UsageError` for what is not a program.
+    Operations are paired first, by name in programs and by structure across sources; what is paired goes by its name
+    in `before`. Raises `UsageError` for what is neither a program nor a graph that was read from a file.
     """
-    for given in (before, after):
-        if not isinstance(given, Program):
-            raise UsageError(
-                f"diff compares two programs, got {type(given).__name__}",
-                fix="Make programs of both with `rewriter.trace` or `rewriter.load`.",
-            )
-    old, new = before.tensors, after.tensors
+    old, new = _graph(before), _graph(after)
+    found = pairs(old.lines, new.lines, stable_names=old.stable_names and new.stable_names)
     return Difference(
-        tuple(_changed_lines(lines(before), lines(after))),
-        Tensors.of(after, [name for name in _ordered(after) if name not in old]),
-        Tensors.of(before, [name for name in _ordered(before) if name not in new]),
-        tuple(_changed_tensors(before, after)),
+        tuple(_changed_lines(list(old.lines), _named_alike(old.lines, new.lines, found))),
+        Tensors.of(new, [name for name in _ordered(new) if name not in old.tensors]),
+        Tensors.of(old, [name for name in _ordered(old) if name not in new.tensors]),
+        tuple(_changed_tensors(old, new)),
+        counts(found),
     )
 
 
-def _ordered(program: Program) -> list[str]:
-    """The names of all tensors in the order of the graph's inputs, then the ones that no input names."""
-    named = [str(spec.target) for spec in program.specs.values() if spec.target in program.tensors]
-    return list(dict.fromkeys([*named, *sorted(program.tensors)]))
+def _graph(given: Program | Graph) -> Graph:
+    if isinstance(given, Graph):
+        return given
+    if not isinstance(given, Program):
+        raise UsageError(
+            f"diff compares two programs, got {type(given).__name__}",
+            fix="Make programs of both with `rewriter.trace` or `rewriter.load`.",
+        )
+    return Graph.of(given)
+
+
+def _ordered(graph: Graph) -> list[str]:
+    """The names of all tensors in the order of the text, then the ones that it does not name."""
+    named = [line.key[1:] for line in graph.lines if line.key.startswith("@") and line.key[1:] in graph.tensors]
+    return list(dict.fromkeys([*named, *sorted(graph.tensors)]))
 
 
 # -- lines ------------------------------------------------------------------------------------------------------
+
+
+def _named_alike(old: Sequence[Line], new: Sequence[Line], found: Sequence[Pair]) -> list[Line]:
+    """The new lines, those of a pair under the name of the old one, and no other line under a name of an old one."""
+    names = {pair.after.key: pair.before.key for pair in found}
+    taken = {*(line.key for line in old), *(line.key for line in new)}
+    own = {line.key for line in old}
+    for line in new:
+        if line.key not in names and line.key in own:
+            number = next(i for i in itertools.count(1) if f"{line.key}_{i}" not in taken)
+            names[line.key] = f"{line.key}_{number}"
+            taken.add(names[line.key])
+    changed = {key: name for key, name in names.items() if key != name}
+    return [line.renamed(changed) for line in new]
 
 
 def _changed_lines(old: list[Line], new: list[Line]) -> Iterator[ChangedLine]:
@@ -226,7 +251,7 @@ def _staying(old: list[Line], new: list[Line]) -> set[str]:
 # -- tensors ----------------------------------------------------------------------------------------------------
 
 
-def _changed_tensors(before: Program, after: Program) -> Iterator[ChangedTensor]:
+def _changed_tensors(before: Graph, after: Graph) -> Iterator[ChangedTensor]:
     old, new = before.tensors, after.tensors
     for name in _ordered(after):
         if name in old and not same_bits(old[name], new[name]):
