@@ -7,6 +7,7 @@ Lines are paired by what is surest first, and every later step builds on the pai
 3. *structure*: operations whose surroundings look the same, by Weisfeiler–Lehman hashes (Shervashidze et al. 2011), the
    widest surroundings first; where several look alike on both sides, they are paired in order.
 4. *neighbour*: operations of one kind that read, or are read by, two that are a pair, at the same place.
+5. *path*: operations of one kind in one module, where both sides have as many.
 
 Nothing here recurses; the work grows with the number of lines.
 """
@@ -24,7 +25,7 @@ from networkx.algorithms.graph_hashing import weisfeiler_lehman_subgraph_hashes
 
 from rewriter.text import MARK, Line
 
-How = Literal["name", "parameter", "structure", "neighbour"]
+How = Literal["name", "parameter", "structure", "neighbour", "path"]
 ROUNDS = 4  # how many steps from an operation its surroundings reach
 
 
@@ -49,11 +50,11 @@ def pairs(old: Sequence[Line], new: Sequence[Line], *, stable_names: bool = True
         if key in matching.old.lines and (stable_names or not line.operation):
             matching.pair(key, key, "name")
     for exact in (True, False):
-        if not matching.unfinished:
-            break
         matching.by_parameter(exact)
         matching.by_structure(exact)
         matching.by_neighbours()
+    matching.by_path()
+    matching.by_neighbours(in_order=True)
     return matching.found()
 
 
@@ -107,6 +108,9 @@ class _Matching:
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def by_parameter(self, exact: bool) -> None:
+        if not self.unfinished:
+            return
+
         def old_key(line: Line) -> Hashable:
             return self._reading(line, exact, {name: name for name in self.taken})
 
@@ -156,15 +160,15 @@ class _Matching:
 
     # -- neighbours -----------------------------------------------------------------------------------------------
 
-    def by_neighbours(self) -> None:
+    def by_neighbours(self, *, in_order: bool = False) -> None:
         waiting = deque(self.counterpart)
         while waiting and self.unfinished:
             new = waiting.popleft()
-            for old_name, new_name in self._beside(self.counterpart[new], new):
+            for old_name, new_name in self._beside(self.counterpart[new], new, in_order):
                 self.pair(old_name, new_name, "neighbour")
                 waiting.append(new_name)
 
-    def _beside(self, old: str, new: str) -> Iterator[tuple[str, str]]:
+    def _beside(self, old: str, new: str, in_order: bool) -> Iterator[tuple[str, str]]:
         before, after = self.old.lines[old], self.new.lines[new]
         if len(before.reads) == len(after.reads) and before.operation == after.operation:
             for one, other in zip(before.reads, after.reads, strict=True):
@@ -172,10 +176,9 @@ class _Matching:
                     yield one, other
         readers = self._readers(self.old, old)
         for use, found in self._readers(self.new, new).items():
-            if len(found) == 1 and len(readers.get(use, ())) == 1:
-                (one,), (other,) = readers[use], found
-                if self._fit(one, other):
-                    yield one, other
+            known = readers.get(use, [])
+            if len(known) == len(found) and (in_order or len(found) == 1):
+                yield from ((one, other) for one, other in zip(known, found, strict=True) if self._fit(one, other))
 
     def _fit(self, old: str, new: str) -> bool:
         return (
@@ -190,6 +193,14 @@ class _Matching:
             if key in side.free:
                 found.setdefault((place, side.lines[key].operation), []).append(key)
         return found
+
+    # -- modules --------------------------------------------------------------------------------------------------
+
+    def by_path(self) -> None:
+        def place(line: Line) -> Hashable:
+            return (line.path, line.operation) if line.path else None
+
+        self._alike(place, place, "path", in_order=True)
 
     # -- what several steps share ---------------------------------------------------------------------------------
 
