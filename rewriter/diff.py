@@ -95,7 +95,11 @@ class Difference:
         if not self:
             return "no difference\n"
         pairs = [(each.sign, each.line) for each in self.lines]
-        return "\n".join([*grouped(pairs), *self._summary()]) + "\n"
+        return "\n".join(grouped(pairs)) + "\n" * bool(pairs) + self.summary()
+
+    def summary(self) -> str:
+        """What changed, counted: operations, tensors, numbers."""
+        return "\n".join(self._summary()) + "\n" if self else "no difference\n"
 
     def _summary(self) -> Iterator[str]:
         operations = self.operations
@@ -120,6 +124,7 @@ class Difference:
             "schema": SCHEMA,
             "same": self.same,
             "operations": self.operations,
+            "paired": dict(self.paired),
             "lines": [
                 {"sign": each.sign, "path": each.line.path, "text": each.line.text.strip()}
                 for each in self.lines

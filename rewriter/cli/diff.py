@@ -12,17 +12,25 @@ from rewriter.cli.output import coloured, working, write_json
 @click.command(no_args_is_help=True)
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
+@click.option("--stat", is_flag=True, help="Only the summary.")
+@click.option("--weights", is_flag=True, help="Compare tensors only; of a directory, those that it stores.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 when they differ.")
 @as_json
 @loading
 @verbosity
-def command(before: str, after: str, exit_code: bool, as_json: bool, load: Load) -> int:
-    """Show what changed from A to B: operations, parameters, numbers."""
-    one, other = load(before), load(after)
+def command(before: str, after: str, stat: bool, weights: bool, exit_code: bool, as_json: bool, load: Load) -> int:
+    """Show what changed from A to B: operations, parameters, numbers.
+
+    A and B are programs, models, ONNX files or adapter directories. A program beside an ONNX file is converted first;
+    beside weights without a graph only tensors are compared.
+    """
+    from rewriter.sides import sides
+
+    one, other = sides(before, after, load, weights=weights)
     with working("comparing"):
         difference = rewriter.diff(one, other)
     if as_json:
         write_json(difference.to_json())
     else:
-        coloured(str(difference))
+        coloured(difference.summary() if stat else str(difference))
     return int(exit_code and not difference.same)

@@ -63,6 +63,11 @@ def read(directory: Path, *, allow_nonfinite: bool = False) -> AdapterHubFiles:
     return AdapterHubFiles(directory, config, _sorted(weights[0], config, held), digest(directory))
 
 
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter directory under the names they are stored by, as they are."""
+    return _load(_weights(directory)[0])
+
+
 def digest(directory: Path) -> str:
     """The SHA-256 over the bytes of an adapter's configuration and weights."""
     total = hashlib.sha256()

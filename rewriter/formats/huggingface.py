@@ -91,19 +91,19 @@ def _load_4bit(
     It computes in the type of the model; bitsandbytes may multiply in another one (`bnb_4bit_compute_dtype`).
     """
     kind = architecture_of(directory, settings, architecture)
-    plain, stored = bitsandbytes.split(_weights(directory), directory)
+    plain, packed = bitsandbytes.split(stored(directory), directory)
     floats = [tensor.dtype for tensor in plain.values() if tensor.is_floating_point()]
     config = config_class(kind).from_pretrained(directory, local_files_only=True)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else (floats or [torch.float32])[0]
     shapes = _shapes(kind, config)
     stand_ins = {
-        name: torch.zeros((), dtype=dtype).expand(shapes.get(name, each.weight.shape)) for name, each in stored.items()
+        name: torch.zeros((), dtype=dtype).expand(shapes.get(name, each.weight.shape)) for name, each in packed.items()
     }
     model = load_model(directory, architecture=architecture, dtype=dtype, tensors={**plain, **stand_ins})
-    digest = {"weights_sha256": fingerprint({**plain, **bitsandbytes.content(stored)})}
+    digest = {"weights_sha256": fingerprint({**plain, **bitsandbytes.content(packed)})}
     program = trace_model(model, *inputs, directory=directory.resolve().name, metadata=digest)
-    return bitsandbytes.put(program, stored, settings)
+    return bitsandbytes.put(program, packed, settings)
 
 
 def _shapes(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
@@ -135,7 +135,7 @@ def load_model(
     """The transformers model of a directory in evaluation mode, with `tensors` in place of its own weights if given."""
     settings = read_json(directory / CONFIG)
     kind = architecture_of(directory, settings, architecture)
-    held = dict(_weights(directory) if tensors is None else tensors)
+    held = dict(stored(directory) if tensors is None else tensors)
     with quiet():
         try:
             config = config_class(kind).from_pretrained(directory, local_files_only=True)
@@ -281,7 +281,8 @@ def _kernels(value: Any) -> list[str]:
     return own + [line for item in value.values() for line in _kernels(item)]
 
 
-def _weights(directory: Path) -> dict[str, torch.Tensor]:
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a directory under the names they are stored by; shards are put together, nothing is traced."""
     if any((directory / name).exists() for name in (safetensors.SINGLE, safetensors.INDEX)):
         return safetensors.load_sharded(directory)
     if (directory / PICKLED).exists():

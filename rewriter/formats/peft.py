@@ -54,8 +54,7 @@ def read(directory: Path, *, strict: bool = False, allow_nonfinite: bool = False
     """
     require(directory, Kind.PEFT_ADAPTER)
     config = read_config(directory, strict=strict)
-    weights = _weights(directory)
-    held = safetensors.load(weights) if weights.name == WEIGHTS else pickle.load_state_dict(weights)
+    weights, held = _weights(directory), stored(directory)
     _check_numbers(weights, config, held, allow_nonfinite)
     modules, base = _sort(weights, config, _normalised(weights, config, held))
     if isinstance(config, LoraConfig):
@@ -64,6 +63,12 @@ def read(directory: Path, *, strict: bool = False, allow_nonfinite: bool = False
             _check_extras(weights, config, path, tensors)
         _check_ranks(directory, config, modules)
     return PeftFiles(directory, config, modules, base, digest(directory))
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter directory under the names they are stored by, as they are."""
+    weights = _weights(directory)
+    return safetensors.load(weights) if weights.name == WEIGHTS else pickle.load_state_dict(weights)
 
 
 def digest(directory: Path) -> str:
