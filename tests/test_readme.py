@@ -54,5 +54,5 @@ def _console(session: str, names: dict[str, Any]) -> str:
 def _settled(text: str) -> str:
     """Without what differs from run to run: times, rounding errors, and the spaces around them."""
     text = re.sub(r"\d+(\.\d+)?e-\d+", "#e-#", text)
-    text = re.sub(r"\b\d+\.\d+( s\b|(?=\s+(#e-#|none)))", "#", text)
+    text = re.sub(r"\b\d+\.\d+( s\b|(?=\s+(#e-#|none|\d+\.\d+ free)))", "#", text)
     return re.sub(r"[ ─━]+", " ", text)

@@ -13,6 +13,7 @@ import ast
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -187,10 +188,16 @@ def _torch(tensor: ir.TensorProtocol) -> torch.Tensor:
 
 def _constant(tensor: ir.TensorProtocol) -> str:
     """The numbers of a small constant: `[1, -1]`, `0.5`."""
-    values = np.asarray(tensor.numpy())
-    found = values.tolist()
+    found = _numbers(np.asarray(tensor.numpy()))
     kind = _dtype(tensor.dtype)
     return printable(f"{found}" if kind in ("i64", "f32", "bool") else f"{kind} {found}")
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> Any:
+    """As Python has them; fp32 with the digits that tell it from its neighbours."""
+    if values.dtype != np.float32:
+        return values.tolist()
+    return np.array([float(str(value)) for value in values.reshape(-1)]).reshape(values.shape).tolist()
 
 
 def _attribute(attribute: ir.Attr) -> str:
@@ -200,6 +207,8 @@ def _attribute(attribute: ir.Attr) -> str:
         tensor = attribute.as_tensor()
         return _constant(tensor) if tensor.size <= INLINE else f"{_dtype(tensor.dtype)}{list(tensor.shape)}"
     value = attribute.value
+    if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+        value = _numbers(np.array(value, np.float32))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return printable(str(list(value)))
     return printable(str(value))
