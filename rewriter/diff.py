@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
-from rewriter.difference_text import grouped, numbers
+from rewriter.difference_text import changed, grouped, numbers
 from rewriter.errors import UsageError
 from rewriter.graph import Graph
-from rewriter.pairing import Pair, counts, pairs
+from rewriter.pairing import How, Pair, pairs
 from rewriter.program import Program
-from rewriter.text import Line, tensor_type
+from rewriter.tensor_changes import ChangedTensor, changed_tensors
+from rewriter.text import MARK, Line
 
 SCHEMA = 1
-CHUNK = 1 << 22  # numbers compared at a time, so that memory stays small beside a large tensor
+Change = Literal["added", "removed", "changed", "rewired", "moved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +30,6 @@ class ChangedLine:
 
     sign: Literal["+", "-", " "]
     line: Line
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedTensor:
-    """A tensor whose bits changed under the same name.
-
-    `largest` is max |after - before|, `relative` is ‖after - before‖ / ‖before‖ (Frobenius); both are None when the
-    shape or the type changed, or when there are no values to compare.
-    """
-
-    name: str
-    before: str
-    after: str
-    largest: float | None
-    relative: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +51,19 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed from one program to another. True when anything did; history and metadata do not count."""
+    """What changed from one graph to another. True when anything did; history and metadata do not count.
 
+    `after` goes by the names of `before` wherever a line has a counterpart there; `how` says for these lines how the
+    counterpart was found.
+    """
+
+    before: Graph
+    after: Graph
+    how: Mapping[str, How]
     lines: tuple[ChangedLine, ...]
     added: Tensors
     removed: Tensors
     changed: tuple[ChangedTensor, ...]
-    paired: Mapping[str, int]  # how operations were paired -> how many
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.added.names or self.removed.names or self.changed)
@@ -82,14 +74,36 @@ class Difference:
         return not self
 
     @cached_property
-    def operations(self) -> dict[str, int]:
-        """How many operations were added, removed and changed; a moved operation counts as changed."""
-        sides: dict[str, set[str]] = {"+": set(), "-": set(), " ": set()}
+    def changes(self) -> dict[str, Change]:
+        """What happened to each operation that is not the same on both sides, by its name.
+
+        A *rewired* operation reads other values and is the same otherwise; a *moved* one stands elsewhere in the text.
+        """
+        sides: dict[str, dict[str, Line]] = {"+": {}, "-": {}, " ": {}}
         for each in self.lines:
             if each.line.operation:
-                sides[each.sign].add(each.line.key)
-        both = sides["+"] & sides["-"]
-        return {"added": len(sides["+"] - both), "removed": len(sides["-"] - both), "changed": len(both)}
+                sides[each.sign][each.line.key] = each.line
+        found: dict[str, Change] = {}
+        for key, line in {**sides["-"], **sides["+"]}.items():
+            if key not in sides["-"]:
+                found[key] = "added"
+            elif key not in sides["+"]:
+                found[key] = "removed"
+            else:
+                found[key] = _change(sides["-"][key], line)
+        return found
+
+    @cached_property
+    def operations(self) -> dict[str, int]:
+        """How many operations were added, removed and changed; a moved or rewired operation counts as changed."""
+        counted = Counter(self.changes.values())
+        changed = sum(counted[kind] for kind in ("changed", "rewired", "moved"))
+        return {"added": counted["added"], "removed": counted["removed"], "changed": changed}
+
+    @cached_property
+    def paired(self) -> dict[str, int]:
+        """How many operations were paired in which way."""
+        return dict(Counter(self.how[line.key] for line in self.after.lines if line.operation and line.key in self.how))
 
     def __str__(self) -> str:
         if not self:
@@ -109,22 +123,28 @@ class Difference:
                 yield f"tensors {word}: {numbers(len(tensors.names), tensors.count, tensors.size_bytes)}"
         if self.changed:
             yield f"tensors changed: {len(self.changed)}"
-        for each in self.changed[:SHOWN]:
-            kind = each.after if each.before == each.after else f"{each.before} -> {each.after}"
-            amounts = ""
-            if each.largest is not None and each.relative is not None:
-                amounts = f", largest change {each.largest:.3g}, relative {each.relative:.3g}"
-            yield f"  @{each.name} : {kind}{amounts}"
-        if len(self.changed) > SHOWN:
-            yield f"  … and {len(self.changed) - SHOWN} more"
+        shown = list(changed(self.changed))
+        yield from (f"  {line}" for line in shown[:SHOWN])
+        if len(shown) > SHOWN:
+            yield f"  … and {len(shown) - SHOWN} more lines"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data; `lines` is complete and without context."""
+        """Everything as plain data, schema 1. Lists are complete and without context.
+
+        - `same`: whether nothing changed; `operations`: counts of added, removed, changed; `paired`: counts by how
+        - `nodes`: name, path, operation, change (added, removed, changed, rewired, moved), how it was paired (or null),
+          and its text `before` and `after` (or null)
+        - `lines`: sign, path and text of every line of the unified text, tensors, inputs and outputs included
+        - `tensors`: `added` and `removed` with names, count of numbers, bytes; `changed` with name, type before and
+          after, largest_change, relative_change, share_changed, effective_rank
+        - `bytes`: of all tensors `before` and `after`; `metadata`: key -> value before and after, where they differ
+        """
         return {
             "schema": SCHEMA,
             "same": self.same,
             "operations": self.operations,
-            "paired": dict(self.paired),
+            "paired": self.paired,
+            "nodes": list(self._nodes()),
             "lines": [
                 {"sign": each.sign, "path": each.line.path, "text": each.line.text.strip()}
                 for each in self.lines
@@ -133,21 +153,53 @@ class Difference:
             "tensors": {
                 "added": self.added.to_json(),
                 "removed": self.removed.to_json(),
-                "changed": [
-                    {
-                        "name": each.name,
-                        "before": each.before,
-                        "after": each.after,
-                        "largest_change": _finite(each.largest),
-                        "relative_change": _finite(each.relative),
-                    }
-                    for each in self.changed
-                ],
+                "changed": [each.to_json() for each in self.changed],
+            },
+            "bytes": {"before": _size_bytes(self.before), "after": _size_bytes(self.after)},
+            "metadata": {
+                key: {"before": self.before.facts.get(key), "after": self.after.facts.get(key)}
+                for key in sorted({*self.before.facts, *self.after.facts})
+                if self.before.facts.get(key) != self.after.facts.get(key)
             },
         }
 
+    def _nodes(self) -> Iterator[dict[str, Any]]:
+        old = {line.key: line for line in self.before.lines}
+        new = {line.key: line for line in self.after.lines}
+        for key, change in self.changes.items():
+            line = new.get(key) or old[key]
+            yield {
+                "name": key,
+                "path": line.path,
+                "operation": line.operation,
+                "change": change,
+                "paired": self.how.get(key) if change not in ("added", "removed") else None,
+                "before": old[key].text.strip() if change != "added" else None,
+                "after": new[key].text.strip() if change != "removed" else None,
+            }
 
-SHOWN = 12  # changed tensors that the text lists; the JSON has all
+
+SHOWN = 24  # lines of changed tensors that the text has; the JSON has all
+
+
+def _change(before: Line, after: Line) -> Change:
+    if before.template == after.template:
+        return "moved"
+    same = (before.operation, before.type) == (after.operation, after.type)
+    constants = [line.arguments.split(MARK)[::2] for line in (before, after)]
+    return "rewired" if same and constants[0] == constants[1] else "changed"
+
+
+def _size_bytes(graph: Graph) -> int:
+    """Of all tensors, one that has several names once."""
+    storages = {_place(tensor): tensor.numel() * tensor.element_size() for tensor in graph.tensors.values()}
+    return sum(storages.values())
+
+
+def _place(tensor: Tensor) -> Hashable:
+    if tensor.device.type == "meta":
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def diff(before: Program | Graph, after: Program | Graph) -> Difference:
@@ -156,14 +208,17 @@ def diff(before: Program | Graph, after: Program | Graph) -> Difference:
     Operations are paired first, by name in programs and by structure across sources; what is paired goes by its name
     in `before`. Raises `UsageError` for what is neither a program nor a graph that was read from a file.
     """
-    old, new = _graph(before), _graph(after)
-    found = pairs(old.lines, new.lines, stable_names=old.stable_names and new.stable_names)
+    old, given = _graph(before), _graph(after)
+    found = pairs(old.lines, given.lines, stable_names=old.stable_names and given.stable_names)
+    new = replace(given, lines=tuple(_named_alike(old.lines, given.lines, found)))
     return Difference(
-        tuple(_changed_lines(list(old.lines), _named_alike(old.lines, new.lines, found))),
+        old,
+        new,
+        {pair.before.key: pair.how for pair in found},
+        tuple(_changed_lines(list(old.lines), list(new.lines))),
         Tensors.of(new, [name for name in _ordered(new) if name not in old.tensors]),
         Tensors.of(old, [name for name in _ordered(old) if name not in new.tensors]),
-        tuple(_changed_tensors(old, new)),
-        counts(found),
+        tuple(changed_tensors(_ordered(new), old.tensors, new.tensors)),
     )
 
 
@@ -251,51 +306,3 @@ def _staying(old: list[Line], new: list[Line]) -> set[str]:
         stay.add(current)
         current = before[current]
     return stay
-
-
-# -- tensors ----------------------------------------------------------------------------------------------------
-
-
-def _changed_tensors(before: Graph, after: Graph) -> Iterator[ChangedTensor]:
-    old, new = before.tensors, after.tensors
-    for name in _ordered(after):
-        if name in old and not same_bits(old[name], new[name]):
-            yield ChangedTensor(name, tensor_type(old[name]), tensor_type(new[name]), *_amounts(old[name], new[name]))
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have one shape, one type and the same bits; the same memory is not read."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if "meta" in (one.device.type, other.device.type) or not one.numel():
-        return one.device.type == other.device.type or not one.numel()
-    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
-        return True
-    return all(
-        torch.equal(left.view(torch.uint8), right.to(left.device).view(torch.uint8))
-        for left, right in _parts(one, other)
-    )
-
-
-def _parts(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    flat = one.detach().reshape(-1), other.detach().reshape(-1)
-    return zip(flat[0].split(CHUNK), flat[1].split(CHUNK), strict=True)
-
-
-def _amounts(one: torch.Tensor, other: torch.Tensor) -> tuple[float | None, float | None]:
-    if one.shape != other.shape or one.dtype != other.dtype or "meta" in (one.device.type, other.device.type):
-        return None, None
-    precise = torch.complex128 if one.is_complex() else torch.float64
-    largest = change = size = 0.0
-    for left, right in _parts(one, other):
-        was, delta = left.to(precise), right.to(left.device, precise) - left.to(precise)
-        top = float(delta.abs().max())
-        largest = top if math.isnan(top) or top > largest else largest
-        change += float(delta.abs().square().sum())
-        size += float(was.abs().square().sum())
-    return largest, math.sqrt(change / size) if size else (math.inf if change else 0.0)
-
-
-def _finite(value: float | None) -> float | str | None:
-    """A number for JSON, which has no infinity and no NaN."""
-    return value if value is None or math.isfinite(value) else str(value)

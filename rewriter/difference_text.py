@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rewriter.tensor_changes import ChangedTensor
 from rewriter.text import Line
 
 TOP = "(top)"
+AMOUNTS = {  # what the text calls the numbers of a changed tensor
+    "largest change": "largest",
+    "relative": "relative",
+    "share": "share",
+    "effective rank": "effective_rank",
+}
 
 
 @dataclass(slots=True)
@@ -46,6 +54,39 @@ def size(size_bytes: int) -> str:
 def numbers(tensors: int, count: int, size_bytes: int) -> str:
     """`2 tensors, 208 numbers, 832 bytes`."""
     return f"{tensors} tensor{'s' * (tensors != 1)}, {count:,} numbers, {size(size_bytes)}"
+
+
+def changed(tensors: Sequence[ChangedTensor]) -> Iterator[str]:
+    """A line for each changed tensor; those of layers that differ by a number alone share one, with their ranges."""
+    groups: dict[tuple[str, str, str], list[tuple[str | None, ChangedTensor]]] = {}
+    for tensor in tensors:
+        name, number = _numbered(tensor.name)
+        groups.setdefault((name, tensor.before, tensor.after), []).append((number, tensor))
+    for (name, before, after), members in groups.items():
+        found = [number for number, _ in members if number is not None]
+        title = f"@{name}  (* = {_spans(found)})" if len(members) > 1 else f"@{members[0][1].name}"
+        parts = [f"{title} : {after if before == after else f'{before} -> {after}'}"]
+        for label, field_ in AMOUNTS.items():
+            values = [value for _, tensor in members if (value := getattr(tensor, field_)) is not None]
+            if values and not (field_ == "share" and min(values) == 1):
+                parts.append(f"{label} {_range(values)}")
+        yield ", ".join(parts)
+
+
+def _numbered(path: str) -> tuple[str, str | None]:
+    """`layers.3.up.weight -> layers.*.up.weight, 3`: the first number of a path."""
+    parts = path.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return path, None
+    return ".".join([*parts[:place], "*", *parts[place + 1 :]]), parts[place]
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    if any(math.isnan(value) for value in values):
+        return "nan"
+    return least if least == most else f"{least} to {most}"
 
 
 def _by_path(changes: Sequence[tuple[str, Line]]) -> list[_Group]:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from passes.lora import Lora
-from rewriter.diff import _changed_lines, diff, same_bits
+from rewriter.diff import _changed_lines, diff
 from rewriter.difference_text import size
 from rewriter.errors import UsageError
 from rewriter.program import Program
+from rewriter.tensor_changes import same_bits
 from rewriter.text import Line, text
 from rewriter.trace import trace
 from rewriter.transform import apply
