@@ -146,7 +146,7 @@ class _Matching:
         graph: networkx.DiGraph[str] = networkx.DiGraph()
         for line in side.given:
             label = f"={known[line.key]}" if line.key in known else _kind(line, exact)
-            graph.add_node(line.key, label=label)
+            graph.add_node(line.key, label=ascii(label))  # networkx hashes ASCII alone
         for line in side.given:
             for place, name in enumerate(line.reads):
                 if name in side.lines:

@@ -11,6 +11,7 @@ import click
 from rewriter.cli.applying import dry_run, run
 from rewriter.cli.options import Load, as_json, beside, existing, free, loading, output, overwriting, verbosity
 from rewriter.cli.pass_command import PassCommand, chosen_passes
+from rewriter.cli.showing import Showing, showing
 from rewriter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @overwriting
 @click.option("--dry-run", "dry", is_flag=True, help="Show where the passes apply and what they add; write nothing.")
 @click.option("--no-check", "check", is_flag=True, default=True, flag_value=False, help="Skip the check of the law.")
+@showing
 @as_json
 @loading
 @verbosity
@@ -44,6 +46,7 @@ def command(
     check: bool,
     as_json: bool,
     load: Load,
+    shown: Showing,
 ) -> None:
     """Apply passes to a model and write the result as a new program.
 
@@ -61,12 +64,13 @@ def command(
     if not passes:
         raise UsageError("no pass given", fix="Add --pass NAME, --adapter DIR or --recipe FILE; see `rewriter passes`.")
     if dry:
-        dry_run(load(source), passes, as_json=as_json)
+        shown.refuse(existing(source))
+        dry_run(load(source), passes, as_json=as_json, shown=shown)
         return
     read = [value for each in passes for f in fields(each) if isinstance(value := getattr(each, f.name), Path)]  # type: ignore[arg-type]
     inputs = existing(source, recipe, *read)
     path = free(output or beside(source, *dict.fromkeys(each.name for each in passes)), overwrite, inputs)
-    run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json)
+    run(load(source), passes, path, check=check, overwrite=overwrite, inputs=inputs, as_json=as_json, shown=shown)
 
 
 def _shipped(path: Path) -> Path:

@@ -12,6 +12,7 @@ import rewriter
 from rewriter.cli.output import note, out, table, working, write_json
 
 if TYPE_CHECKING:
+    from rewriter.cli.showing import Showing
     from rewriter.program import Program
     from rewriter.transform import Applied, Pass, Result
 
@@ -25,25 +26,30 @@ def run(
     overwrite: bool,
     inputs: Sequence[Path],
     as_json: bool,
+    shown: Showing,
 ) -> None:
     """Apply, write, show."""
     from rewriter.formats.pt2 import save
 
+    shown.refuse(inputs, path)
     with working(f"applying {', '.join(each.name for each in passes)}"):
         result = rewriter.apply(program, *passes, check=check)
     with working(f"writing {path}"):
         save(result.program, path, overwrite=overwrite, inputs=inputs)
-    if as_json:
-        write_json({"output": str(path), "applied": [each.to_json() for each in result.applied]})
-    else:
+    if not as_json:
         show(result)
+    names = ", ".join(each.name for each in passes)
+    difference = shown.show(program, result.program, title=f"{path.name}: {names}", as_json=as_json)
+    if as_json:
+        write_json({"output": str(path), "applied": [each.to_json() for each in result.applied], **difference})
+    else:
         out(f"wrote {path}")
     for applied in result.applied:
         _warn_of_no_effect(applied)
 
 
-def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool) -> None:
-    """Show where passes apply and what they would add; nothing is written and no numbers are checked."""
+def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool, shown: Showing) -> None:
+    """Show where passes apply and what they would add; no program is written and no numbers are checked."""
     result = rewriter.apply(program, *passes, check=False)
     steps = result.program.steps[len(program.steps) :]
     rows = [
@@ -51,8 +57,11 @@ def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool) -> None:
         for applied, step in zip(result.applied, steps, strict=True)
         for site in applied.sites
     ]
+    names = ", ".join(each.name for each in passes)
     if as_json:
-        write_json({"dry_run": True, "matches": rows, "applied": [each.to_json() for each in result.applied]})
+        difference = shown.show(program, result.program, title=f"dry run: {names}", as_json=True)
+        done = [each.to_json() for each in result.applied]
+        write_json({"dry_run": True, "matches": rows, "applied": done, **difference})
         return
     table(
         ("pass", "path", "kind", "shape", "new parameters", "count"),
@@ -66,7 +75,8 @@ def dry_run(program: Program, passes: Sequence[Pass], *, as_json: bool) -> None:
             f"{applied.pass_.name}: {len(applied.sites)} sites, {applied.added:,} new parameters, "
             f"{applied.trainable:,} trainable of {applied.parameters_after:,}"
         )
-    out("nothing was written")
+    shown.show(program, result.program, title=f"dry run: {names}", as_json=False)
+    out("nothing was written" if shown.html is None else "no program was written")
 
 
 def show(result: Result) -> None:

@@ -8,7 +8,8 @@ import click
 
 import rewriter
 from rewriter.cli.options import Load, as_json, existing, free, loading, overwriting, verbosity
-from rewriter.cli.output import coloured, note, working, write_json
+from rewriter.cli.output import coloured, working, write_json
+from rewriter.cli.showing import html_option, write
 
 
 @click.command(no_args_is_help=True)
@@ -16,7 +17,7 @@ from rewriter.cli.output import coloured, note, working, write_json
 @click.argument("after", metavar="B")
 @click.option("--stat", is_flag=True, help="Only the summary.")
 @click.option("--weights", is_flag=True, help="Compare tensors only; of a directory, those that it stores.")
-@click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Also write a page to click through.")
+@html_option
 @overwriting
 @click.option("--exit-code", is_flag=True, help="Exit with 1 when they differ.")
 @as_json
@@ -50,9 +51,5 @@ def command(
     else:
         coloured(difference.summary() if stat else str(difference))
     if html is not None:
-        from rewriter.viewer.page import write_page
-
-        with working(f"writing {html}"):
-            write_page(difference, html, title=f"{before} → {after}", overwrite=overwrite)
-        note(f"wrote {html}")
+        write(difference, html, title=f"{before} → {after}", overwrite=overwrite)
     return int(exit_code and not difference.same)

@@ -8,6 +8,7 @@ import click
 
 from rewriter.cli.applying import dry_run, run
 from rewriter.cli.options import Load, as_json, beside, existing, free, loading, output, overwriting, verbosity
+from rewriter.cli.showing import Showing, showing
 
 
 @click.command(no_args_is_help=True)
@@ -27,6 +28,7 @@ from rewriter.cli.options import Load, as_json, beside, existing, free, loading,
 @click.option("--allow-nonfinite", is_flag=True, help="Keep weights that are NaN or infinite after the merge.")
 @click.option("--dry-run", "dry", is_flag=True, help="Show what would be folded; write nothing.")
 @click.option("--no-check", "check", is_flag=True, default=True, flag_value=False, help="Skip the check of the law.")
+@showing
 @as_json
 @loading
 @verbosity
@@ -44,6 +46,7 @@ def command(
     check: bool,
     as_json: bool,
     load: Load,
+    shown: Showing,
 ) -> None:
     """Fold every affine update into the weight beside it; `undo` takes it back bit for bit."""
     from rewriter.cli.registry import entry
@@ -53,7 +56,17 @@ def command(
     options |= {"nf4": nf4, "lossy": lossy}
     passes = (entry("merge").kind(**options),)
     if dry:
-        dry_run(load(source), passes, as_json=as_json)
+        shown.refuse(existing(source))
+        dry_run(load(source), passes, as_json=as_json, shown=shown)
         return
     path = free(output or beside(source, "merge"), overwrite, existing(source))
-    run(load(source), passes, path, check=check, overwrite=overwrite, inputs=existing(source), as_json=as_json)
+    run(
+        load(source),
+        passes,
+        path,
+        check=check,
+        overwrite=overwrite,
+        inputs=existing(source),
+        as_json=as_json,
+        shown=shown,
+    )

@@ -9,6 +9,7 @@ import click
 import rewriter
 from rewriter.cli.options import Load, as_json, beside, existing, free, loading, output, overwriting, verbosity
 from rewriter.cli.output import out, write_json
+from rewriter.cli.showing import Showing, showing
 
 
 @click.command(no_args_is_help=True)
@@ -17,6 +18,7 @@ from rewriter.cli.output import out, write_json
 @click.option("--pass", "name", metavar="NAME", help="The last step of this pass.")
 @output("beside the input, named .undo")
 @overwriting
+@showing
 @as_json
 @loading
 @verbosity
@@ -28,6 +30,7 @@ def command(
     overwrite: bool,
     as_json: bool,
     load: Load,
+    shown: Showing,
 ) -> None:
     """Take a step back: what it added goes, what it replaced returns, every bit of it."""
     from rewriter.formats.pt2 import save
@@ -35,15 +38,19 @@ def command(
     if step is not None and name is not None:
         raise click.UsageError("--step and --pass name one step each: give one of them.")
     path = free(output or beside(source, "undo"), overwrite, existing(source))
+    shown.refuse(existing(source), path)
     before = load(source)
     after = rewriter.undo(before, name if step is None else step)
     save(after, path, overwrite=overwrite, inputs=existing(source))
     kept = {each.number for each in after.steps}
     taken = [{"number": each.number, "pass": each.name} for each in before.steps if each.number not in kept]
+    if not as_json:
+        for each in taken:
+            out(f"undone: step {each['number']}, {each['pass']}")
+    difference = shown.show(before, after, title=f"{source}: undone", as_json=as_json)
     if as_json:
-        write_json({"output": str(path), "undone": taken, "steps": [each.name for each in after.steps]})
+        steps = [each.name for each in after.steps]
+        write_json({"output": str(path), "undone": taken, "steps": steps, **difference})
         return
-    for each in taken:
-        out(f"undone: step {each['number']}, {each['pass']}")
     out(f"left: {', '.join(each.name for each in after.steps) or 'no step'}")
     out(f"wrote {path}")
