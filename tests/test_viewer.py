@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import rewriter
-from passes import Lora, Merge
+from passes import Lora, Merge, Nf4
 from rewriter.diff import Difference
 from rewriter.graph import Graph
 from rewriter.text import Line, marked
 from rewriter.viewer.layout import layouts
-from rewriter.viewer.page import page, write_page
+from rewriter.viewer.page import model_page, page, write_page
 from rewriter.viewer.tree import LARGEST, Group, Item, tree
+from rewriter.viewer.treemap import HEIGHT, WIDTH, treemap
 from tests.models import traced
 from tests.oracle import trained
 
@@ -158,3 +159,30 @@ def test_a_page_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     write_page(changed(), path, title="two", overwrite=True)
     assert b"<title>two</title>" in path.read_bytes()
+
+
+# -- one model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_areas_are_numbers(name: str) -> None:
+    program = rewriter.apply(traced(name), Nf4(), Lora(rank=3, targets="all-linear")).program
+    found = treemap(program)
+    counted = rewriter.report(program).parameters.count
+    assert sum(each.numbers for each in found) == counted
+    assert sum(each.width * each.height for each in found) == pytest.approx(WIDTH * HEIGHT)
+    assert {each.kind for each in found} == {"plain", "adapter", "bits4"}
+    for each in found:
+        assert each.width * each.height == pytest.approx(WIDTH * HEIGHT * each.numbers / counted)
+        assert 0 <= each.x <= each.x + each.width <= WIDTH + 1e-6
+        assert 0 <= each.y <= each.y + each.height <= HEIGHT + 1e-6
+
+
+def test_the_page_of_a_model_knows_its_layers() -> None:
+    program = rewriter.apply(traced("llama"), Nf4(), Lora(rank=3, targets="all-linear")).program
+    data = held(model_page(program, title="model"))
+    assert data["sites"]["model.layers.0.self_attn.k_proj"] == "linear4bit [12, 24]"
+    assert data["tensors"]["model.layers.0.mlp.up_proj.weight_packed"]["held"] == "part of a weight in 4 bits (nf4)"
+    assert {node["status"] for node in data["nodes"]} == {"same"}
+    assert {node["origin"] for node in data["nodes"]} == {"", "lora"}
+    assert len(data["treemap"]) > 20

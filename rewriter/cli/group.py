@@ -19,7 +19,7 @@ import click
 from rewriter.cli.output import close_quietly, note, safe_streams
 from rewriter.errors import RewriteError, RewriteWarning
 
-VERBS = ("trace", "passes", "inspect", "plan", "apply", "merge", "undo", "extract", "diff", "verify", "export")
+VERBS = ("trace", "passes", "inspect", "show", "plan", "apply", "merge", "undo", "extract", "diff", "verify", "export")
 OURS = ("rewriter", "passes", "runtime")
 INTERRUPTED = 130
 TERMINATED = 128 + signal.SIGTERM

@@ -178,7 +178,7 @@ function details(id) {
   if (kind === "1") {
     const group = byId.get(index);
     panel.append(make("h2", {}, group.path ? `${group.path}${group.kind === "module" ? "" : ` (${group.name})`}` : group.name));
-    panel.append(facts(Object.entries(group.counts)));
+    panel.append(facts([["layer", data.sites && data.sites[group.path]], ...Object.entries(group.counts)]));
     for (const name of group.tensors.slice(0, 40)) panel.append(tensorDetails(name));
     if (group.tensors.length > 40) panel.append(make("p", {}, `and ${group.tensors.length - 40} more tensors`));
     return;
@@ -186,7 +186,7 @@ function details(id) {
   const node = nodes[index];
   panel.append(make("h2", {}, node.name));
   panel.append(facts([["status", node.change], ["operation", node.operation], ["module", node.path], ["type", node.type],
-    ["paired by", node.how], ["added by pass", node.origin], ["its options", node.options], ["source", node.source]]));
+    ["paired by", data.sites ? "" : node.how], ["added by pass", node.origin], ["its options", node.options], ["source", node.source]]));
   if (node.before && node.before !== node.after) panel.append(make("h3", { class: "removed-text" }, "− before"), make("pre", {}, node.before));
   if (node.after) panel.append(make("h3", {}, node.before && node.before !== node.after ? "+ after" : "operation"), make("pre", {}, node.after));
   if (node.reads.length) panel.append(make("h3", {}, "reads"), ...node.reads.map((i) => link(`0:${i}`, nodes[i].name)));
@@ -272,6 +272,7 @@ document.addEventListener("click", (event) => {
     const part = event.target.closest("[data-id]");
     if (!part || state.dragged) return;
     const id = part.dataset.id, inGraph = Boolean(part.closest("#graph"));
+    if (id === "1:0") return;
     if (id.startsWith("1:") && (inGraph || part.closest("#tree"))) toggle(id); else show(id, { centre: !inGraph });
   }
 });
@@ -320,8 +321,25 @@ window.addEventListener("pointermove", (event) => {
 });
 window.addEventListener("pointerup", () => { state.drag = null; });
 
+function drawTreemap() {
+  const map = draw("svg", { viewBox: "0 0 360 300", width: "100%", role: "img", "aria-label": "parameters by module" });
+  const paths = new Map(groups.filter((group) => group.kind === "module").map((group) => [group.path, group.id]));
+  for (const [x, y, width, height, path, count, kind] of data.treemap) {
+    let owner = path;
+    while (owner && !paths.has(owner)) owner = owner.slice(0, Math.max(0, owner.lastIndexOf(".")));
+    const area = draw("g", { "data-id": `1:${paths.get(owner) || 0}` });
+    area.append(draw("title", {}, `${path}: ${count.toLocaleString("en")} numbers`),
+      draw("rect", { class: `area ${kind}`, x, y, width, height }));
+    if (width > 50 && height > 14) area.append(draw("text", { class: "small", x: x + 3, y: y + 11 },
+      short(path.split(".").slice(-2).join("."), Math.floor(width / 6))));
+    map.append(area);
+  }
+  $("treemap").append(map);
+}
+
 render();
 fit();
+if (data.treemap) drawTreemap();
 const first = nodes.findIndex((node) => node.status !== "same");
 if (first >= 0) { // readable, at the first change
   state.scale = Math.max(state.scale, 0.8);

@@ -18,53 +18,107 @@ from typing import Any
 
 import torch
 
-from rewriter.diff import Difference
+from rewriter.diff import Difference, diff
 from rewriter.formats.atomic import write_file
+from rewriter.program import Program
+from rewriter.quantised import held_numbers, weight_like
+from rewriter.report import report
 from rewriter.tensor_changes import singular_values
+from rewriter.view import layers
 from rewriter.viewer.layout import layouts
 from rewriter.viewer.tree import Group, Item, tree
+from rewriter.viewer.treemap import treemap
 
 FILES = Path(__file__).parent
 PLACE = re.compile(r"\{(\w+)\}")
 DRAWN = 1500  # parts that are drawn when the page opens, at most
 BARS = 32
 CHARTS = 400  # changed tensors that get a chart, at most
+AREAS = ("area: how many numbers a module holds", "green: added by a pass", "amber: in 4 bits")
 LEGEND = (("added", "+ added"), ("removed", "− removed"), ("changed", "~ changed"), ("weights", "≈ weights changed"))
 
 
 def write_page(difference: Difference, path: Path, *, title: str, overwrite: bool = False) -> Path:
     """Write the page of a difference; the file appears complete or not at all."""
-    with write_file(path, overwrite=overwrite) as partial:
-        partial.write_text(page(difference, title=title), encoding="utf-8")
-    return path
+    return _write(path, page(difference, title=title), overwrite)
+
+
+def write_model_page(program: Program, path: Path, *, title: str, overwrite: bool = False) -> Path:
+    """Write the page of one model; the file appears complete or not at all."""
+    return _write(path, model_page(program, title=title), overwrite)
 
 
 def page(difference: Difference, *, title: str) -> str:
-    """The page as HTML."""
+    """The page of a difference as HTML."""
+    operations = ", ".join(f"{count} {word}" for word, count in difference.operations.items())
+    overview = f"<h2>What changed</h2><pre>{html.escape(difference.summary())}</pre>"
+    legend = "".join(f'<span class="{kind}-text">{text}</span>' for kind, text in LEGEND)
+    return _page(_data(difference), title, f"operations: {operations}", overview, _switches(), legend)
+
+
+def model_page(program: Program, *, title: str) -> str:
+    """The page of one model as HTML: its graph, its layers by view, and its parameters as areas."""
+    data = _data(diff(program, program))
+    data["sites"] = {
+        site.path: f"{site.kind} {list(weight_like(program, site).shape)}" for site in layers(program).values()
+    }
+    for name, (kind, _) in held_numbers(program).items():
+        data["tensors"][name]["held"] = f"part of a weight in 4 bits ({kind})"
+    data["treemap"] = [
+        [*(round(value, 2) for value in (each.x, each.y, each.width, each.height)), each.path, each.numbers, each.kind]
+        for each in treemap(program)
+    ]
+    overview = (
+        f'<h2>Parameters</h2><div id="treemap"></div><pre class="wide">{html.escape(str(report(program)))}</pre>'
+        f"<h3>Passes</h3><pre>{html.escape(_steps(program))}</pre>"
+    )
+    summary = f"{sum(node['operation'] != '' for node in data['nodes']):,} operations"
+    return _page(data, title, summary, overview, "", "".join(f"<span>{each}</span>" for each in AREAS))
+
+
+def _page(data: Mapping[str, Any], title: str, summary: str, overview: str, switches: str, legend: str) -> str:
     style, script = ((FILES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
         "form-action 'none'"
-    )
-    operations = ", ".join(f"{count} {word}" for word, count in difference.operations.items())
-    sides = ("both", "before", "after")
-    switches = " ".join(
-        f'<button data-side="{side}" aria-pressed="{str(side == "both").lower()}" title="{key}">{side}</button>'
-        for side, key in zip(sides, "xba", strict=True)
     )
     parts = {
         "policy": policy,
         "title": html.escape(title),
         "style": style,
         "script": script,
-        "summary": html.escape(f"operations: {operations}"),
+        "summary": html.escape(summary),
         "switches": switches,
-        "legend": "".join(f'<span class="{kind}-text">{text}</span>' for kind, text in LEGEND),
-        "overview": f"<h2>What changed</h2><pre>{html.escape(difference.summary())}</pre>",
-        "data": _json(_data(difference)),
+        "legend": legend,
+        "overview": overview,
+        "data": _json(data),
     }
     template = (FILES / "page.html").read_text(encoding="utf-8")
     return PLACE.sub(lambda place: parts[place[1]], template)  # in one pass: what was put in is not looked at again
+
+
+def _switches() -> str:
+    return (
+        " ".join(
+            f'<button data-side="{side}" aria-pressed="{str(side == "both").lower()}" title="{key}">{side}</button>'
+            for side, key in zip(("both", "before", "after"), "xba", strict=True)
+        )
+        + ' <button data-act="next" title="n">next change</button>'
+    )
+
+
+def _steps(program: Program) -> str:
+    lines = []
+    for step in program.steps:
+        options = ", ".join(f"{name}={value}" for name, value in step.options.items())
+        lines.append(f"{step.number} {step.name}: {options or 'defaults'}")
+    return "\n".join(lines) or "no pass was applied"
+
+
+def _write(path: Path, text: str, overwrite: bool) -> Path:
+    with write_file(path, overwrite=overwrite) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
 
 
 def _hash(text: str) -> str:

@@ -75,3 +75,14 @@ def test_a_dry_run_shows_what_would_change(folder: Path, run: Run) -> None:
     shown = run("apply", *LORA, "mlp.pt", "--dry-run", "--diff").stdout
     assert ADDED in shown
     assert shown.endswith("nothing was written\n")
+
+
+def test_a_model_at_a_glance(folder: Path, run: Run) -> None:
+    run("apply", "--pass", "nf4", "--pass", "lora", "--targets", "all-linear", "--rank", "3", "model.pt", "-o", "q.pt")
+    shown = run("show", "q.pt", "--html", "q.html")
+    row = next(line for line in shown.stdout.splitlines() if "q_proj" in line)
+    assert row.split() == ["model.layers.*.self_attn.q_proj", "2", "linear4bit", "[24,", "24]", "1,152", "288"]
+    assert "linear4bit" in (folder / "q.html").read_text()
+    data = json.loads(run("show", "q.pt", "--json").stdout)
+    assert sum(layer["count"] for layer in data["layers"]) == 16
+    assert "already exists" in run("show", "q.pt", "--html", "q.html", code=1).stderr
